@@ -1,0 +1,274 @@
+"""One sample as bytes: the bundle. docs/FORMAT.md is the specification.
+
+Imports numpy only, so that a bundle can be inspected and validated on any machine.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rinr_loader.errors import BundleError
+
+MAGIC = b"RINR"
+VERSION = 1
+SIREN = 1  # family id
+ALIGNMENT = 16  # weights are read in place by a GPU
+NO_OBJECT = 0xFFFF
+
+Kind = Literal["background", "residual", "direct"]
+Dtype = Literal["int8", "float16"]
+KINDS: tuple[Kind, ...] = ("background", "residual", "direct")
+DTYPES: tuple[Dtype, ...] = ("int8", "float16")
+MAX_DEPTH, MAX_WIDTH, MAX_W0 = 64, 256, 1000.0
+
+HEADER = struct.Struct("<4s4BII4H2Hi8s4s2H")
+OBJECT = np.dtype([("box", "<f4", 4), ("class_id", "<u4"), ("flags", "<u4")])
+NETWORK = np.dtype(
+    [
+        ("kind", "u1"),
+        ("dtype", "u1"),
+        ("depth", "u1"),
+        ("feather", "u1"),
+        ("width", "<u2"),
+        ("object", "<u2"),
+        ("rect", "<u2", 4),
+        ("w0", "<f4"),
+        ("scale", "<f4"),
+        ("offset", "<u4"),
+        ("length", "<u4"),
+    ]
+)
+_CROWD = 1
+_CHECKSUM_AT = 12
+
+
+@dataclass(frozen=True, order=True)
+class NetworkSpec:
+    """The shape of a network: everything that two networks must share to be decoded in one launch.
+
+    Args:
+        kind: What its output means: `background` and `direct` give colour, `residual` what is missing to it.
+        depth: Number of sine layers; one linear layer to 3 channels follows.
+        width: Units of each sine layer.
+        dtype: How the weights are stored: `int8` with a float16 scale a row, or `float16`. Biases are float16.
+        w0: Activation frequency of every sine layer.
+    """
+
+    kind: Kind
+    depth: int
+    width: int
+    dtype: Dtype
+    w0: float = 30.0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each layer's weight matrix."""
+        return ((self.width, 2), *((self.width, self.width),) * (self.depth - 1), (3, self.width))
+
+    @property
+    def rows(self) -> int:
+        return self.depth * self.width + 3
+
+    @property
+    def weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored: scales (int8 only), biases, weights."""
+        return 4 * self.rows + self.weights if self.dtype == "int8" else 2 * self.rows + 2 * self.weights
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.depth}x{self.width} {self.dtype}" + ("" if self.w0 == 30.0 else f" w0={self.w0:g}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a bundle.
+
+    Args:
+        spec: Its shape.
+        rect: The stored pixels it covers: x0, y0, x1, y1, exclusive at the end.
+        scale: Factor from the network's output to colour, where 1 is 255.
+        weights: `spec.nbytes` bytes.
+        feather: Width in stored pixels of the ramp at the inner edges of `rect`.
+        object: Index of the object it belongs to, or -1.
+    """
+
+    spec: NetworkSpec
+    rect: tuple[int, int, int, int]
+    scale: float
+    weights: bytes
+    feather: int = 0
+    object: int = -1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One sample: labels and networks.
+
+    Args:
+        stored_size: Height and width, in pixels, of the picture that the networks were fitted to.
+        source_size: Height and width of the original picture.
+        networks: The background, then residuals in the order in which they were fitted.
+        boxes: Label boxes, float32 xyxy in source pixels, shape `(n, 4)`.
+        classes: Class ids, int64, shape `(n,)`.
+        crowd: Whether a box marks a crowd or an ignored region, bool, shape `(n,)`.
+        label: Class id of the whole picture, or -1.
+        psnr: PSNR in dB of the whole stored picture, None where it was not measured.
+        object_psnr: The same over the union of the label boxes.
+        source_hash: First 4 bytes of the SHA-256 of the source file.
+        shared: First 8 bytes of the SHA-256 of the shared parameters, zeros for none.
+    """
+
+    stored_size: tuple[int, int]
+    source_size: tuple[int, int]
+    networks: tuple[Network, ...]
+    boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    classes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    crowd: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    label: int = -1
+    psnr: float | None = None
+    object_psnr: float | None = None
+    source_hash: bytes = bytes(4)
+    shared: bytes = bytes(8)
+
+
+def pack(bundle: Bundle) -> bytes:
+    """Serialize a bundle.
+
+    Raises:
+        BundleError: The bundle would not be read back: sizes, counts or numbers outside the format's limits.
+    """
+    objects = np.zeros(len(bundle.boxes), OBJECT)
+    objects["box"], objects["class_id"], objects["flags"] = bundle.boxes, bundle.classes, np.where(bundle.crowd, _CROWD, 0)
+    networks = np.zeros(len(bundle.networks), NETWORK)
+    body = b""
+    start = HEADER.size + objects.nbytes + networks.nbytes
+    for row, network in zip(networks, bundle.networks, strict=True):
+        spec = network.spec
+        body += bytes(-(start + len(body)) % ALIGNMENT)
+        row["kind"], row["dtype"], row["depth"] = KINDS.index(spec.kind), DTYPES.index(spec.dtype), spec.depth
+        row["width"], row["w0"], row["scale"], row["feather"] = spec.width, spec.w0, network.scale, network.feather
+        row["object"] = NO_OBJECT if network.object < 0 else network.object
+        row["rect"], row["offset"], row["length"] = network.rect, start + len(body), len(network.weights)
+        body += network.weights
+    head = [MAGIC, VERSION, SIREN, 0, 0, start + len(body), 0, *bundle.stored_size, *bundle.source_size, len(objects), len(networks)]
+    tail = [bundle.label, bundle.shared, bundle.source_hash, _centi(bundle.psnr), _centi(bundle.object_psnr)]
+    try:
+        data = bytearray(HEADER.pack(*head, *tail) + objects.tobytes() + networks.tobytes() + body)
+    except struct.error as error:
+        raise BundleError(f"bundle: expected values within the format's limits, got {head[7:] + tail}; {error}") from None
+    struct.pack_into("<I", data, _CHECKSUM_AT, _checksum(data))
+    parse(data)  # what is written can be read: the limits stand in one place
+    return bytes(data)
+
+
+def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
+    """Read a bundle and check all of it before anything is allocated for it.
+
+    Args:
+        data: The bytes of one bundle.
+        key: What an error calls it.
+
+    Returns:
+        The bundle; its arrays and weights are copies of at most the input's size.
+
+    Raises:
+        BundleError: The bytes are damaged, truncated, of an unknown version, or break a limit of the format.
+    """
+
+    def check(good: bool | np.bool_, name: str, expected: object, found: object) -> None:
+        if not good:
+            raise BundleError(f"{key}: expected {name} {expected}, got {found}; the bundle is damaged, fetch or convert it again")
+
+    view = memoryview(data)
+    check(len(view) >= HEADER.size, "at least", f"{HEADER.size} bytes", len(view))
+    magic, version, family, flags, reserved, length, checksum, *rest = HEADER.unpack_from(view)
+    height, width, source_height, source_width, n_objects, n_networks, label, shared, source_hash, psnr, object_psnr = rest
+    check(magic == MAGIC, "magic", MAGIC, magic)
+    if version != VERSION:
+        raise BundleError(f"{key}: expected version {VERSION}, got {version}; upgrade rinr_loader to read it")
+    check(length == len(view), "length", f"{length} bytes", len(view))
+    check(checksum == _checksum(view), "checksum", f"{checksum:#010x}", f"{_checksum(view):#010x}")
+    if family != SIREN:
+        raise BundleError(f"{key}: expected family {SIREN} (siren), got {family}; upgrade rinr_loader to read it")
+    check(flags == 0 and reserved == 0, "reserved bytes", 0, (flags, reserved))
+    check(min(height, width) > 0, "stored size", "above 0", (height, width))
+    check(source_height >= height and source_width >= width, "source size", f"at least {(height, width)}", (source_height, source_width))
+    check(label >= -1, "label", "at least -1", label)
+    tables = HEADER.size + n_objects * OBJECT.itemsize + n_networks * NETWORK.itemsize
+    check(tables <= len(view), "tables", f"within {len(view)} bytes", tables)
+    check(n_networks > 0, "networks", "at least 1", n_networks)
+
+    objects = np.frombuffer(view, OBJECT, n_objects, HEADER.size)
+    boxes, classes = objects["box"], objects["class_id"]
+    check(np.isfinite(boxes).all(), "boxes", "finite", "NaN or infinity")
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (source_width, source_height)).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+    check(inside, "boxes", f"xyxy with an area, inside {source_width}x{source_height}", boxes.tolist()[:4])
+    check((classes < 2**31).all(), "class ids", "below 2**31", classes.tolist()[:4])
+    check((objects["flags"] <= _CROWD).all(), "object flags", "0 or 1", objects["flags"].tolist()[:4])
+
+    networks = []
+    end = tables
+    for i, row in enumerate(np.frombuffer(view, NETWORK, n_networks, HEADER.size + objects.nbytes)):
+        name = f"network {i}:"
+        spec = _parse_spec(row, check, name)
+        x0, y0, x1, y1 = rect = tuple(row["rect"].tolist())
+        check(0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, f"{name} rectangle", f"inside {width}x{height}", rect)
+        if i == 0:
+            check(spec.kind == "background" and rect == (0, 0, width, height), name, "a background of the whole picture", (spec.kind, rect))
+        check((spec.kind == "background") == (i == 0), name, "one background, first", spec.kind)
+        check(np.isfinite(row["scale"]) and row["scale"] > 0, f"{name} scale", "finite and above 0", float(row["scale"]))
+        check(row["object"] == NO_OBJECT or row["object"] < n_objects, f"{name} object", f"below {n_objects}", int(row["object"]))
+        start = end + -end % ALIGNMENT
+        check(int(row["offset"]) == start, f"{name} offset", start, int(row["offset"]))
+        check(int(row["length"]) == spec.nbytes, f"{name} length", f"{spec.nbytes} bytes for {spec}", int(row["length"]))
+        check(start + spec.nbytes <= len(view), f"{name} end", f"within {len(view)} bytes", start + spec.nbytes)
+        check(not any(view[end:start]), f"{name} padding", "zeros", bytes(view[end:start]))
+        halves = 2 * spec.rows if spec.dtype == "int8" else spec.rows + spec.weights
+        check(np.isfinite(np.frombuffer(view, "<f2", halves, start)).all(), f"{name} weights", "finite", "NaN or infinity")
+        end = start + spec.nbytes
+        owner = -1 if row["object"] == NO_OBJECT else int(row["object"])
+        networks.append(Network(spec, rect, float(row["scale"]), bytes(view[start:end]), int(row["feather"]), owner))
+    check(end == len(view), "end of weights", f"{end} bytes", len(view))
+    return Bundle(
+        stored_size=(height, width),
+        source_size=(source_height, source_width),
+        networks=tuple(networks),
+        boxes=boxes.astype(np.float32),
+        classes=classes.astype(np.int64),
+        crowd=(objects["flags"] & _CROWD).astype(np.bool_),
+        label=label,
+        psnr=psnr / 100 if psnr else None,
+        object_psnr=object_psnr / 100 if object_psnr else None,
+        source_hash=source_hash,
+        shared=shared,
+    )
+
+
+def _parse_spec(row: np.void, check: object, name: str) -> NetworkSpec:
+    assert callable(check)
+    kind, dtype, depth, width, w0 = int(row["kind"]), int(row["dtype"]), int(row["depth"]), int(row["width"]), float(row["w0"])
+    check(kind < len(KINDS), f"{name} kind", f"below {len(KINDS)}", kind)
+    check(dtype < len(DTYPES), f"{name} dtype", f"below {len(DTYPES)}", dtype)
+    check(1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH, f"{name} depth x width", f"1x1 to {MAX_DEPTH}x{MAX_WIDTH}", f"{depth}x{width}")
+    check(bool(np.isfinite(w0)) and 0 < w0 <= MAX_W0, f"{name} w0", f"above 0, at most {MAX_W0:g}", w0)
+    return NetworkSpec(KINDS[kind], depth, width, DTYPES[dtype], w0)
+
+
+def _checksum(data: bytearray | memoryview | bytes) -> int:
+    """CRC-32 of everything, the checksum itself counted as zeros."""
+    head = zlib.crc32(bytes(4), zlib.crc32(memoryview(data)[:_CHECKSUM_AT]))
+    return zlib.crc32(memoryview(data)[_CHECKSUM_AT + 4 :], head)
+
+
+def _centi(psnr: float | None) -> int:
+    """A PSNR in hundredths of a dB, 1 to 65535; 0 means not measured."""
+    return 0 if psnr is None else int(min(max(round(psnr * 100), 1), 0xFFFF))

@@ -1,0 +1,268 @@
+"""The table of contents of one shard, in columns: what a trainer and a GPU need without opening the shard.
+
+Imports numpy and safetensors only. docs/FORMAT.md lists the columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from rinr_loader.bundle import KINDS, Bundle, NetworkSpec, parse
+from rinr_loader.errors import BundleError, ShardError
+
+Array = NDArray[Any]
+SUFFIX = ".rinr"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Columns of one shard: per sample, per object and per network, in the order of the shard.
+
+    Args:
+        groups: The network shapes of this shard; `network_group` points into it.
+        key: Keys as in the tar, UTF-8 bytes one after the other; `key_start` (n + 1) says where each begins.
+        offset, size: First byte and number of bytes of each bundle in the shard, int64.
+        stored_size, source_size: Height and width in pixels, uint16, shape `(n, 2)`.
+        label: Class id of the picture or -1, int32.
+        source_hash: First 4 bytes of the source file's SHA-256, uint8, shape `(n, 4)`.
+        psnr, object_psnr: In dB, float32, NaN where not measured.
+        object_start: First object of each sample, int64, `n + 1` values; likewise `network_start`.
+        box: Label boxes, float32 xyxy in source pixels, shape `(objects, 4)`.
+        class_id, crowd: Of each object, int32 and bool.
+        network_group, network_object: Shape and owner (-1 for none) of each network, uint16 and int32.
+        network_offset: First byte of each network's weights in the shard, int64.
+        rect: Stored pixels that a network covers, x0 y0 x1 y1, uint16, shape `(networks, 4)`.
+        scale, feather: Of each network, float32 and uint8.
+    """
+
+    groups: tuple[NetworkSpec, ...]
+    key: Array
+    key_start: Array
+    offset: Array
+    size: Array
+    stored_size: Array
+    source_size: Array
+    label: Array
+    source_hash: Array
+    psnr: Array
+    object_psnr: Array
+    object_start: Array
+    box: Array
+    class_id: Array
+    crowd: Array
+    network_start: Array
+    network_group: Array
+    network_object: Array
+    network_offset: Array
+    rect: Array
+    scale: Array
+    feather: Array
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys as in the tar (see `decode_key`)."""
+        raw, starts = self.key.tobytes(), self.key_start.tolist()
+        return [raw[a:b].decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    @property
+    def background_bytes(self) -> int:
+        return int(self._network_bytes()[self.network_start[:-1]].sum())
+
+    @property
+    def residual_bytes(self) -> int:
+        return int(self._network_bytes().sum()) - self.background_bytes
+
+    def _network_bytes(self) -> Array:
+        return np.array([spec.nbytes for spec in self.groups], np.int64)[self.network_group]
+
+
+def encode_key(key: str) -> str:
+    """The key as a tar member can carry it: dots, whitespace and what is not printable ASCII are percent-encoded.
+
+    WebDataset and DALI split a member's name at its first dot.
+    """
+    return quote(key, safe="/!$&'()*+,;=@~[]^").replace(".", "%2E")
+
+
+def decode_key(key: str) -> str:
+    """The key as the source had it."""
+    return unquote(key)
+
+
+def index_shard(path: Path, *, on_damage: Callable[[BundleError], None] | None = None) -> ShardIndex:
+    """Read a shard and list what it holds.
+
+    Args:
+        path: The tar.
+        on_damage: Called with each bundle's error, which is then left out; without it the first one is raised.
+
+    Raises:
+        BundleError: A bundle is damaged.
+        ShardError: The file is not a tar, is cut off, or holds a key twice.
+    """
+    rows: list[tuple[str, int, int, Bundle]] = []
+    with path.open("rb") as file:
+        for key, offset, size in shard_members(path):
+            file.seek(offset)
+            try:
+                rows.append((key, offset, size, parse(file.read(size), f"{path.name}:{key}{SUFFIX}")))
+            except BundleError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+    return build_index(rows)
+
+
+def shard_members(path: Path) -> list[tuple[str, int, int]]:
+    """Key, first byte and number of bytes of every bundle of a shard, from the tar's headers."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [(m.name[: -len(SUFFIX)], m.offset_data, m.size) for m in tar if m.name.endswith(SUFFIX)]
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"{path.name}: expected a tar of bundles, got {error}; fetch or convert it again") from None
+    end, seen = path.stat().st_size, set()
+    for key, offset, size in members:
+        if offset + size > end:
+            raise ShardError(f"{path.name}:{key}{SUFFIX}: expected {size} bytes, got {end - offset}; the shard is truncated, fetch or convert it again")
+        if key in seen:
+            raise ShardError(f"{path.name}: expected each key once, got {key!r} twice; convert it again")
+        seen.add(key)
+    return members
+
+
+def build_index(rows: Sequence[tuple[str, int, int, Bundle]]) -> ShardIndex:
+    """Columns from (key, first byte, number of bytes, bundle) of each sample."""
+    bundles = [bundle for *_, bundle in rows]
+    keys = [key.encode() for key, *_ in rows]
+    networks = [(row[1], network) for row in rows for network in row[3].networks]
+    groups = tuple(sorted({network.spec for _, network in networks}, key=lambda s: (KINDS.index(s.kind), -s.depth * s.width, s)))
+    number = {spec: i for i, spec in enumerate(groups)}
+
+    def starts(counts: list[int]) -> Array:
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def rows_of(values: list[Array], dtype: type, width: tuple[int, ...] = ()) -> Array:
+        return np.concatenate(values).astype(dtype) if values else np.zeros((0, *width), dtype)
+
+    # The offset of a network inside its bundle is implied by the format: each starts at the next multiple of 16.
+    offsets: list[int] = []
+    for _, offset, size, bundle in rows:
+        end = offset + size
+        inside: list[int] = []
+        for network in reversed(bundle.networks):
+            end = (end - network.spec.nbytes) // 16 * 16
+            inside.append(end)
+        offsets += reversed(inside)
+    return ShardIndex(
+        groups=groups,
+        key=np.frombuffer(b"".join(keys), np.uint8),
+        key_start=starts([len(key) for key in keys]),
+        offset=np.array([row[1] for row in rows], np.int64),
+        size=np.array([row[2] for row in rows], np.int64),
+        stored_size=np.array([b.stored_size for b in bundles], np.uint16).reshape(-1, 2),
+        source_size=np.array([b.source_size for b in bundles], np.uint16).reshape(-1, 2),
+        label=np.array([b.label for b in bundles], np.int32),
+        source_hash=np.frombuffer(b"".join(b.source_hash for b in bundles), np.uint8).reshape(-1, 4),
+        psnr=np.array([b.psnr for b in bundles], np.float32),
+        object_psnr=np.array([b.object_psnr for b in bundles], np.float32),
+        object_start=starts([len(b.boxes) for b in bundles]),
+        box=rows_of([b.boxes for b in bundles], np.float32, (4,)),
+        class_id=rows_of([b.classes for b in bundles], np.int32),
+        crowd=rows_of([b.crowd for b in bundles], np.bool_),
+        network_start=starts([len(b.networks) for b in bundles]),
+        network_group=np.array([number[n.spec] for _, n in networks], np.uint16),
+        network_object=np.array([n.object for _, n in networks], np.int32),
+        network_offset=np.array(offsets, np.int64),
+        rect=np.array([n.rect for _, n in networks], np.uint16).reshape(-1, 4),
+        scale=np.array([n.scale for _, n in networks], np.float32),
+        feather=np.array([n.feather for _, n in networks], np.uint8),
+    )
+
+
+def dump_index(index: ShardIndex, *, shard_bytes: int) -> bytes:
+    """Serialize an index as a safetensors file; equal indexes give equal bytes.
+
+    Args:
+        index: What to write.
+        shard_bytes: Size of the shard it belongs to, so that an index of another shard is noticed.
+    """
+    columns = {f.name: np.ascontiguousarray(getattr(index, f.name)) for f in dataclasses.fields(index) if f.name != "groups"}
+    columns["crowd"] = columns["crowd"].astype(np.uint8)
+    about = {"version": INDEX_VERSION, "shard_bytes": shard_bytes, "groups": [list(dataclasses.astuple(spec)) for spec in index.groups]}
+    # One metadata entry: safetensors writes several in the order of a hash map, which differs from run to run.
+    return safetensors.save(columns, {"rinr": json.dumps(about)})
+
+
+def load_index(data: bytes, *, name: str, shard_bytes: int | None = None) -> ShardIndex:
+    """Read an index and check that its columns fit each other and the shard.
+
+    Args:
+        data: The file's bytes.
+        name: What an error calls it.
+        shard_bytes: Size of the shard that it should belong to.
+
+    Raises:
+        ShardError: The index is damaged, of an unknown version, or of another shard.
+    """
+
+    def broken(expected: object, found: object) -> ShardError:
+        return ShardError(f"{name}: expected {expected}, got {found}; make it again with `rinr index`")
+
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"]["rinr"])
+        columns = safetensors.load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise broken("the index of a shard", f"{type(error).__name__}: {error}") from None
+    if about.get("version") != INDEX_VERSION:
+        raise ShardError(f"{name}: expected index version {INDEX_VERSION}, got {about.get('version')}; upgrade rinr_loader to read it")
+    if shard_bytes is not None and about.get("shard_bytes") != shard_bytes:
+        raise broken(f"the index of a shard of {shard_bytes} bytes", f"one of {about.get('shard_bytes')} bytes")
+    names = {f.name for f in dataclasses.fields(ShardIndex)} - {"groups"}
+    if set(columns) != names:
+        raise broken(f"columns {sorted(names)}", sorted(columns))
+    try:
+        groups = tuple(NetworkSpec(kind, int(depth), int(width), dtype, float(w0)) for kind, depth, width, dtype, w0 in about["groups"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise broken("network shapes", error) from None
+    columns["crowd"] = columns["crowd"].astype(np.bool_)
+    index = ShardIndex(groups=groups, **columns)
+    _check_lengths(index, broken)
+    return index
+
+
+def _check_lengths(index: ShardIndex, broken: Callable[[object, object], ShardError]) -> None:
+    n, objects, networks = len(index.offset), len(index.box), len(index.network_group)
+    lengths = {
+        n: ("size", "stored_size", "source_size", "label", "source_hash", "psnr", "object_psnr"),
+        n + 1: ("key_start", "object_start", "network_start"),
+    }
+    for name, length in [(name, length) for length, names in lengths.items() for name in names]:
+        if len(getattr(index, name)) != length:
+            raise broken(f"{length} values of {name}", len(getattr(index, name)))
+    for names, length in ((("class_id", "crowd"), objects), (("network_object", "network_offset", "rect", "scale", "feather"), networks)):
+        for name in names:
+            if len(getattr(index, name)) != length:
+                raise broken(f"{length} values of {name}", len(getattr(index, name)))
+    for name, end in (("key_start", len(index.key)), ("object_start", objects), ("network_start", networks)):
+        column = getattr(index, name)
+        if column[0] != 0 or column[-1] != end or (np.diff(column) < 0).any():
+            raise broken(f"{name} rising from 0 to {end}", column.tolist()[:8])
+    if networks and int(index.network_group.max()) >= len(index.groups):
+        raise broken(f"network groups below {len(index.groups)}", int(index.network_group.max()))
