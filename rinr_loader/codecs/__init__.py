@@ -1,0 +1,1 @@
+"""Families of networks: one file each, with initialisation, batched forward and quantization."""
