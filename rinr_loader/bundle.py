@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,7 @@ NO_OBJECT = 0xFFFF
 
 Kind = Literal["background", "residual", "direct"]
 Dtype = Literal["int8", "float16"]
+Check = Callable[["bool | np.bool_", str, object, object], None]
 KINDS: tuple[Kind, ...] = ("background", "residual", "direct")
 DTYPES: tuple[Dtype, ...] = ("int8", "float16")
 MAX_DEPTH, MAX_WIDTH, MAX_W0 = 64, 256, 1000.0
@@ -186,17 +188,12 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
 
     def check(good: bool | np.bool_, name: str, expected: object, found: object) -> None:
         if not good:
-            raise BundleError(f"{key}: expected {name} {expected}, got {found}; the bundle is damaged, fetch or convert it again")
+            raise _damaged(key, name, expected, found)
 
     view = memoryview(data)
-    check(len(view) >= HEADER.size, "at least", f"{HEADER.size} bytes", len(view))
-    magic, version, family, flags, reserved, length, checksum, *rest = HEADER.unpack_from(view)
-    height, width, source_height, source_width, n_objects, n_networks, label, shared, source_hash, psnr, object_psnr = rest
-    check(magic == MAGIC, "magic", MAGIC, magic)
-    if version != VERSION:
-        raise BundleError(f"{key}: expected version {VERSION}, got {version}; upgrade rinr_loader to read it")
-    check(length == len(view), "length", f"{length} bytes", len(view))
-    check(checksum == _checksum(view), "checksum", f"{checksum:#010x}", f"{_checksum(view):#010x}")
+    check_bytes(view, key)
+    family, flags, reserved, *rest = HEADER.unpack_from(view)[2:]
+    _, _, height, width, source_height, source_width, n_objects, n_networks, label, shared, source_hash, psnr, object_psnr = rest
     if family != SIREN:
         raise BundleError(f"{key}: expected family {SIREN} (siren), got {family}; upgrade rinr_loader to read it")
     check(flags == 0 and reserved == 0, "reserved bytes", 0, (flags, reserved))
@@ -253,8 +250,32 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
     )
 
 
-def _parse_spec(row: np.void, check: object, name: str) -> NetworkSpec:
-    assert callable(check)
+def check_bytes(data: bytes | bytearray | memoryview, key: str = "bundle") -> None:
+    """Check magic, version, length and checksum, nothing else: what a reader does for every sample.
+
+    Raises:
+        BundleError: One of them is wrong.
+    """
+    if len(data) < HEADER.size:
+        raise _damaged(key, "at least", f"{HEADER.size} bytes", len(data))
+    magic, version, *_ = HEADER.unpack_from(data)
+    length, checksum = struct.unpack_from("<II", data, _CHECKSUM_AT - 4)
+    if magic != MAGIC:
+        raise _damaged(key, "magic", MAGIC, magic)
+    if version != VERSION:
+        raise BundleError(f"{key}: expected version {VERSION}, got {version}; upgrade rinr_loader to read it")
+    if length != len(data):
+        raise BundleError(f"{key}: expected {length} bytes, got {len(data)}; the bundle is cut off, fetch or convert it again")
+    found = _checksum(data)
+    if checksum != found:
+        raise _damaged(key, "checksum", f"{checksum:#010x}", f"{found:#010x}")
+
+
+def _damaged(key: str, name: str, expected: object, found: object) -> BundleError:
+    return BundleError(f"{key}: expected {name} {expected}, got {found}; the bundle is damaged, fetch or convert it again")
+
+
+def _parse_spec(row: np.void, check: Check, name: str) -> NetworkSpec:
     kind, dtype, depth, width, w0 = int(row["kind"]), int(row["dtype"]), int(row["depth"]), int(row["width"]), float(row["w0"])
     check(kind < len(KINDS), f"{name} kind", f"below {len(KINDS)}", kind)
     check(dtype < len(DTYPES), f"{name} dtype", f"below {len(DTYPES)}", dtype)

@@ -77,8 +77,11 @@ class ShardIndex:
     @property
     def keys(self) -> list[str]:
         """Keys as in the tar (see `decode_key`)."""
-        raw, starts = self.key.tobytes(), self.key_start.tolist()
-        return [raw[a:b].decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return self.keys_at(range(len(self)))
+
+    def keys_at(self, samples: Sequence[int]) -> list[str]:
+        """Keys of some samples, as in the tar."""
+        return [self.key[self.key_start[i] : self.key_start[i + 1]].tobytes().decode() for i in samples]
 
     @property
     def background_bytes(self) -> int:
