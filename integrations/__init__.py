@@ -1,0 +1,1 @@
+"""Adapters for trainers and loaders: one file each, and each imports only the package it is named after."""
