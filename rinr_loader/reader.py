@@ -159,9 +159,11 @@ def spread(start: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray
 
 def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int64]]], bases: NDArray[np.int64], data: Tensor) -> ShardBuffer:
     """Columns of the samples in the order asked for. Each part is (index, places in the result, places in the shard)."""
+    if not parts:
+        parts = [(build_index([]), np.zeros(0, np.int64), np.zeros(0, np.int64))]
     groups: list[NetworkSpec] = sorted({spec for index, *_ in parts for spec in index.groups})
     columns: dict[str, list[NDArray[Any]]] = {}
-    place = np.concatenate([wanted for _, wanted, _ in parts]) if parts else np.zeros(0, np.int64)
+    place = np.concatenate([wanted for _, wanted, _ in parts])
     keys: list[str] = []
 
     def add(name: str, value: NDArray[Any]) -> None:
@@ -182,7 +184,7 @@ def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int
         add("network_offset", index.network_offset[networks] + np.repeat(bases[wanted], np.diff(starts)))
         for name in ("rect", "scale", "feather"):
             add(name, getattr(index, name)[networks].astype(np.float32))
-    flat = {name: np.concatenate(values) for name, values in columns.items()} if columns else _no_columns()
+    flat = {name: np.concatenate(values) for name, values in columns.items()}
     back = np.empty(len(place), np.int64)
     back[place] = np.arange(len(place))
     object_rows, object_start = spread(_starts(flat.pop("object_count")), back)
@@ -202,11 +204,3 @@ def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _no_columns() -> dict[str, NDArray[Any]]:
-    none = {"stored_size": (0, 2), "source_size": (0, 2), "label": (0,), "object_count": (0,), "class_id": (0,), "network_count": (0,)}
-    shapes = {name: np.zeros(shape, np.int64) for name, shape in none.items()}
-    more = {"network_group": np.zeros(0, np.int64), "network_offset": np.zeros(0, np.int64), "crowd": np.zeros(0, np.bool_)}
-    floats = {"box": np.zeros((0, 4), np.float32), "rect": np.zeros((0, 4), np.float32)}
-    return {**shapes, **more, **floats, "scale": np.zeros(0, np.float32), "feather": np.zeros(0, np.float32)}

@@ -1,0 +1,325 @@
+"""Placements to pixels: the plain-torch reference, grouped by network shape, on any device.
+
+A *job* is one network seen through one placement: which output pixels it can reach, a box of them. Jobs of one group are cut into
+tiles of output pixels and evaluated many tiles at a time, so memory stays bounded whatever the batch: besides the result and a
+float32 scratch of `16 * N * H * W` bytes at most, a launch works on `POINTS[device]` points, each with up to `8 * width + 64` bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rinr_loader.bundle import NetworkSpec
+from rinr_loader.codecs import siren
+from rinr_loader.geometry import Placements
+from rinr_loader.reader import ShardBuffer, buffer_of
+
+MAX_SAMPLES = 8  # points along one side of an output pixel, at most
+# Points evaluated by one launch. On a CPU the activations of a launch should stay in the cache of its cores.
+POINTS = {"cpu": 32768, "cuda": 1 << 20}
+TILE = 1024  # output pixels of a job that are evaluated together
+
+Normalize = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Networks seen through placements. All columns have one row a job."""
+
+    network: Tensor  # row of the buffer's network columns
+    placement: Tensor
+    box: Tensor  # output pixels x0, y0, x1, y1 that the network can reach, int64
+    samples: Tensor  # points along one side of an output pixel
+
+    def __getitem__(self, rows: Tensor) -> _Jobs:
+        return _Jobs(self.network[rows], self.placement[rows], self.box[rows], self.samples[rows])
+
+
+@dataclass(frozen=True)
+class _View:
+    """Placements in stored pixels: what evaluation needs of them."""
+
+    output: Tensor
+    sample: Tensor
+    matrix: Tensor  # [M, 3, 3] output pixels -> stored pixels
+    clip: Tensor  # [M, 4] stored pixels
+
+
+def decode(
+    buffer: ShardBuffer,
+    placements: Placements,
+    *,
+    size: tuple[int, int],
+    fill: float = 114,
+    antialias: bool = True,
+    dtype: torch.dtype = torch.uint8,
+    channels_last: bool = False,
+    normalize: Normalize | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Decode samples into images, each where its placements say.
+
+    A pixel is the mean over its sample points of the background plus the residuals there, clamped once, at the end. It shows a
+    placement where its centre falls into the placement's clip rectangle.
+
+    Args:
+        buffer: Samples in memory; decoding happens on its device.
+        placements: Where samples land. The number of images is the highest output index plus one, or `out.shape[0]`.
+        size: Height and width of the images, in pixels.
+        fill: Value of pixels that show nothing, in [0, 255].
+        antialias: Average n x n points a pixel, n = ceil(stored pixels per output pixel), at most 8; one point otherwise.
+        dtype: uint8 in [0, 255], or a floating type in [0, 1].
+        channels_last: Memory format of the result.
+        normalize: Mean and standard deviation of each channel, in [0, 1], applied to a floating result as torchvision does.
+        out: Where to put the result; its dtype and memory format then decide.
+
+    Returns:
+        RGB images, `(N, 3, H, W)`, on the buffer's device.
+
+    Raises:
+        ValueError: `normalize` is asked of uint8, or `out` has another shape.
+    """
+    count = int(placements.output.max()) + 1 if len(placements) else 0
+    height, width = size
+    if out is not None:
+        count, dtype = out.shape[0], out.dtype
+        if tuple(out.shape) != (count, 3, height, width):
+            raise ValueError(f"out: expected shape {(count, 3, height, width)}, got {tuple(out.shape)}")
+    if normalize is not None and not dtype.is_floating_point:
+        raise ValueError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
+    with torch.no_grad(), _full_precision(buffer.device):
+        view = _stored_view(buffer, placements.to(buffer.device))
+        pixels = torch.zeros(count * height * width, 3, device=buffer.device)
+        covered = torch.zeros(count * height * width, dtype=torch.bool, device=buffer.device)
+        for level in _levels(buffer, view, size, antialias):
+            for group, spec in enumerate(buffer.groups):
+                mine = level[buffer.network_group[level.network] == group]
+                for samples in torch.unique(mine.samples).tolist():
+                    _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, size, pixels, covered)
+        return _epilogue(pixels, covered, (count, height, width), fill, dtype, channels_last, normalize, out)
+
+
+def decode_batch(bundles: Sequence[bytes], *, size: tuple[int, int] | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """Decode a handful of bundles into images of one size, each stretched to fill it.
+
+    Args:
+        bundles: One encoded image each; sizes and network shapes may differ.
+        size: Height and width of the output, in pixels; None takes the stored size, which must then be the same for all.
+        device: Where the images are decoded and returned.
+
+    Returns:
+        RGB images, uint8 in [0, 255], shape `(N, 3, H, W)`, contiguous, on `device`.
+
+    Raises:
+        BundleError: A bundle is truncated, damaged or of an unknown version.
+        ValueError: No size was given and the stored sizes differ.
+
+    Example:
+        >>> decode_batch([bundle], size=(32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+    """
+    buffer = buffer_of(bundles).to(device)
+    if size is None:
+        sizes = {(height, width) for height, width in buffer.stored_size.tolist()}
+        if len(sizes) != 1:
+            raise ValueError(f"size: expected one size for images stored at {sorted(sizes)}, got None; pass size=(height, width)")
+        size = sizes.pop()
+    return decode(buffer, whole(buffer, size), size=size)
+
+
+def whole(buffer: ShardBuffer, size: tuple[int, int]) -> Placements:
+    """Every sample of a buffer as an image of its own, stretched to `size`."""
+    count, device = len(buffer), buffer.device
+    source = buffer.source_size.flip(1).float()  # [S, 2] x, y
+    matrix = torch.zeros(count, 3, 3, device=device)
+    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 2, 2] = source[:, 0] / size[1], source[:, 1] / size[0], 1
+    index = torch.arange(count, device=device)
+    return Placements(output=index, sample=index, matrix=matrix, clip=torch.cat([torch.zeros_like(source), source], 1))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 as it is written: no autocast, no TF32, whatever the caller has chosen for training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _stored_view(buffer: ShardBuffer, placements: Placements) -> _View:
+    sample = placements.sample
+    scale = (buffer.stored_size[sample].double() / buffer.source_size[sample].double()).flip(1)  # [M, 2] x, y
+    matrix = placements.matrix.double().clone()
+    matrix[:, :2] *= scale[:, :, None]
+    return _View(placements.output, sample, matrix.float(), (placements.clip.double() * scale.repeat(1, 2)).float())
+
+
+def _levels(buffer: ShardBuffer, view: _View, size: tuple[int, int], antialias: bool) -> Iterator[_Jobs]:
+    """Jobs in the order in which they may be evaluated: backgrounds, then residuals.
+
+    Residuals are added, so they need no order. A `direct` network covers what is under it: of several that overlap in one sample,
+    each waits for those before it.
+    """
+    samples = torch.ones(len(view.output), dtype=torch.int64, device=buffer.device)
+    if antialias:
+        # Stored pixels per output pixel along both output axes, at the origin: exact for affine matrices.
+        scale = view.matrix[:, :2, :2].square().sum(1).sqrt().amax(1) / view.matrix[:, 2, 2].abs()
+        samples = (scale - 1e-3).ceil().clamp(1, MAX_SAMPLES).long()
+    first, last = buffer.network_start[view.sample], buffer.network_start[view.sample + 1]
+    placement = torch.arange(len(view.output), device=buffer.device)
+    yield _reach(buffer, view, _Jobs(first, placement, first.new_zeros(len(first), 4), samples), size)
+    counts = last - first - 1
+    of = placement.repeat_interleave(counts)
+    order = torch.arange(len(of), device=buffer.device) - (counts.cumsum(0) - counts)[of]
+    residuals = _Jobs(first[of] + 1 + order, of, first.new_zeros(len(of), 4), samples[of])
+    direct = torch.tensor([spec.kind == "direct" for spec in buffer.groups], device=buffer.device)
+    if len(of) and bool(direct[buffer.network_group[residuals.network]].any()):
+        for k in range(int(order.max()) + 1):
+            yield _reach(buffer, view, residuals[order == k], size)
+    elif len(of):
+        yield _reach(buffer, view, residuals, size)
+
+
+def _reach(buffer: ShardBuffer, view: _View, jobs: _Jobs, size: tuple[int, int]) -> _Jobs:
+    """Give each job the box of output pixels that it can reach; leave out those that reach none."""
+    clip, rect, matrix = view.clip[jobs.placement], buffer.rect[jobs.network], view.matrix[jobs.placement]
+    seen = torch.cat([torch.maximum(clip[:, :2], rect[:, :2]), torch.minimum(clip[:, 2:], rect[:, 2:])], 1)
+    corners = seen[:, [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(1, (4, 2))  # [J, 4, 2]
+    corners = torch.cat([corners, torch.ones_like(corners[..., :1])], 2).double() @ torch.linalg.inv(matrix.double()).transpose(1, 2)
+    corners = corners[..., :2] / corners[..., 2:]
+    # One pixel more on each side: with several points a pixel, one can fall in although the centre does not.
+    limit = torch.tensor([size[1], size[0]], device=clip.device)
+    low = (corners.amin(1).floor() - 1).clamp(min=0).minimum(limit).long()
+    high = (corners.amax(1).ceil() + 1).clamp(min=0).minimum(limit).long()
+    some = (seen[:, 2:] > seen[:, :2]).all(1) & (high > low).all(1)
+    return _Jobs(jobs.network, jobs.placement, torch.cat([low, high], 1), jobs.samples)[some]
+
+
+def _evaluate(
+    buffer: ShardBuffer, view: _View, jobs: _Jobs, spec: NetworkSpec, samples: int, size: tuple[int, int], pixels: Tensor, covered: Tensor
+) -> None:
+    """Evaluate jobs of one shape and add them to the scratch."""
+    if not len(jobs.network):
+        return
+    extent = jobs.box[:, 2:] - jobs.box[:, :2]
+    area = extent.prod(1)
+    tile = min(TILE, int(area.max()))
+    tiles = (area + tile - 1) // tile
+    job = torch.arange(len(area), device=area.device).repeat_interleave(tiles)
+    start = (torch.arange(len(job), device=area.device) - (tiles.cumsum(0) - tiles)[job]) * tile
+    budget = POINTS["cuda" if area.is_cuda else "cpu"]
+    at_once = max(1, budget // (tile * samples * samples))
+    for chunk in range(0, len(job), at_once):
+        these = job[chunk : chunk + at_once]
+        distinct, rank = torch.unique_consecutive(these, return_inverse=True)
+        offset = buffer.network_offset[jobs.network[distinct]]
+        raw = buffer.data[offset[:, None] + torch.arange(spec.nbytes, device=offset.device)]
+        parameters = siren.from_bytes(raw, spec)[rank]
+        place = start[chunk : chunk + at_once, None] + torch.arange(tile, device=area.device)
+        _evaluate_tiles(buffer, view, jobs[these], spec, parameters, place, samples, size, pixels, covered)
+
+
+def _evaluate_tiles(
+    buffer: ShardBuffer,
+    view: _View,
+    jobs: _Jobs,
+    spec: NetworkSpec,
+    parameters: Tensor,
+    place: Tensor,
+    samples: int,
+    size: tuple[int, int],
+    pixels: Tensor,
+    covered: Tensor,
+) -> None:
+    """Evaluate one tile of each job, `place` (K, T) counting its output pixels row by row."""
+    box, clip, rect = jobs.box, view.clip[jobs.placement], buffer.rect[jobs.network]
+    width = (box[:, 2] - box[:, 0])[:, None]
+    row, column = box[:, 1, None] + place // width, box[:, 0, None] + place % width  # [K, T]
+    matrix = view.matrix[jobs.placement]
+    centre = _map(matrix, column + 0.5, row + 0.5)  # [K, 2, T]
+    shown = (place < ((box[:, 3] - box[:, 1])[:, None] * width)) & _inside(centre, clip)
+    if samples == 1:
+        points = centre
+    else:
+        step = (torch.arange(samples, device=box.device) + 0.5) / samples
+        x, y = (column[..., None, None] + step).expand(-1, -1, samples, -1), (row[..., None, None] + step[:, None]).expand(-1, -1, -1, samples)
+        points = _map(matrix, x.flatten(1), y.flatten(1))  # [K, 2, T * n * n]
+    # Beyond the outermost pixel centres there was nothing to fit, so a network repeats its edge there, as an image does.
+    low, high = rect[:, :2, None], rect[:, 2:, None]
+    coordinates = (points.clamp(low + 0.5, high - 0.5) - low) / (high - low) * 2 - 1
+    value = siren.forward(parameters, spec, coordinates).mul_(buffer.scale[jobs.network][:, None, None])
+    if spec.kind == "background":
+        value = value.add_(0.5)
+        weight = None
+    else:
+        weight = feather(points, rect, buffer.feather[jobs.network], buffer.stored_size[view.sample[jobs.placement]])
+        value = (value + 0.5 if spec.kind == "direct" else value).mul_(weight[:, None])
+    value = value.unflatten(2, (-1, samples * samples)).mean(3)  # [K, 3, T]
+    target = (view.output[jobs.placement][:, None] * size[0] + row) * size[1] + column
+    flat, values = target[shown], value.transpose(1, 2)[shown]
+    if weight is None:
+        covered[flat] = True
+    elif spec.kind == "direct":
+        pixels[flat] *= 1 - weight.unflatten(1, (-1, samples * samples)).mean(2)[shown][:, None]
+    pixels.index_add_(0, flat, values)
+
+
+def feather(points: Tensor, rect: Tensor, width: Tensor, stored_size: Tensor) -> Tensor:
+    """Weight of a residual at points: 1 inside, 0 outside, a ramp of `width` pixels at each edge that is not the picture's own.
+
+    Args:
+        points: x and y in stored pixels, `(K, 2, P)`.
+        rect: x0 y0 x1 y1 of each residual, `(K, 4)`.
+        width: In stored pixels, `(K,)`; 0 for a hard edge.
+        stored_size: Height and width of each picture, `(K, 2)`.
+
+    Returns:
+        Weights in [0, 1], `(K, P)`.
+    """
+    low, high = points - rect[:, :2, None], rect[:, 2:, None] - points  # [K, 2, P] distance to the edges
+    ramp = width.clamp_min(1e-6)[:, None, None]
+    at_low, at_high = rect[:, :2, None] <= 0, rect[:, 2:, None] >= stored_size.flip(1)[:, :, None]
+    low_weight = torch.where(at_low, (low >= 0).float(), (low / ramp).clamp(0, 1))
+    high_weight = torch.where(at_high, (high > 0).float(), (high / ramp).clamp(0, 1))
+    return torch.minimum(low_weight, high_weight).amin(1)
+
+
+def _map(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Map points: matrix (K, 3, 3), x and y (K, P), result (K, 2, P)."""
+    mapped = matrix @ torch.stack([x, y, torch.ones_like(x)], 1)
+    return mapped[:, :2] / mapped[:, 2:]
+
+
+def _inside(points: Tensor, rect: Tensor) -> Tensor:
+    low, high = rect[:, :2, None], rect[:, 2:, None]
+    return ((points >= low) & (points < high)).all(1)
+
+
+def _epilogue(
+    pixels: Tensor,
+    covered: Tensor,
+    shape: tuple[int, int, int],
+    fill: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+    normalize: Normalize | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Clamp, fill, normalise, cast and lay out."""
+    images = torch.where(covered[:, None], pixels.clamp_(0, 1), fill / 255).view(*shape, 3).permute(0, 3, 1, 2)
+    if normalize is not None:
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in normalize)
+        images = (images - mean) / std
+    if not dtype.is_floating_point:
+        images = images.mul(255).round_()
+    if out is not None:
+        return out.copy_(images)
+    return images.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
