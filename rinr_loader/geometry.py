@@ -7,7 +7,7 @@ coordinates to coordinates of the source image at its original size. Matrices ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -41,8 +41,23 @@ class Placements:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Placements:
         """Return the same placements on another device."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Placements(**{name: None if column is None else column.to(device, non_blocking=non_blocking) for name, column in columns.items()})
+        return Placements(
+            output=self.output.to(device, non_blocking=non_blocking),
+            sample=self.sample.to(device, non_blocking=non_blocking),
+            matrix=self.matrix.to(device, non_blocking=non_blocking),
+            clip=self.clip.to(device, non_blocking=non_blocking),
+            area_scale=None if self.area_scale is None else self.area_scale.to(device, non_blocking=non_blocking),
+        )
+
+    def select(self, index: Tensor) -> Placements:
+        """Return the placements that a bool mask `(M,)` or an int64 index `(K,)` chooses, in its order."""
+        return Placements(
+            output=self.output[index],
+            sample=self.sample[index],
+            matrix=self.matrix[index],
+            clip=self.clip[index],
+            area_scale=None if self.area_scale is None else self.area_scale[index],
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Placements]) -> Placements:
@@ -104,8 +119,52 @@ def area_scale(placements: Placements) -> Tensor:
     """Return the output area that a source pixel gets in each placement, float32, shape `(M,)`."""
     if placements.area_scale is not None:
         return placements.area_scale
-    matrix = placements.matrix
-    return 1 / (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs()
+    return 1 / _linear_determinant(placements.matrix)
+
+
+def _linear_determinant(matrix: Tensor) -> Tensor:
+    return (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs()
+
+
+def warp(placements: Placements, forward: Tensor, *, area: Tensor | None = None) -> Placements:
+    """Move whole output images: compose another matrix behind the placements' own.
+
+    Args:
+        placements: Placements in the images before the move.
+        forward: From coordinates before to coordinates after the move, one matrix for each output image, shape `(N, 3, 3)`.
+        area: Area that one square pixel is meant to get, shape `(N,)`; the default is the determinant of `forward`.
+
+    Returns:
+        The same samples and clips in the moved images.
+    """
+    matrix = placements.matrix.to(forward.dtype) @ invert(forward)[placements.output]
+    moved = replace(placements, matrix=matrix.to(torch.float32))
+    if area is None and placements.area_scale is None:
+        return moved
+    factor = (_linear_determinant(forward) if area is None else area)[placements.output]
+    return replace(moved, area_scale=(area_scale(placements) * factor).to(torch.float32))
+
+
+def flip(placements: Placements, *, size: tuple[int, int], horizontal: Tensor | None = None, vertical: Tensor | None = None) -> Placements:
+    """Mirror output images.
+
+    Args:
+        placements: Placements in output images of `size`.
+        size: Height and width of the output images.
+        horizontal: Which outputs to mirror left to right, bool, shape `(N,)`; None mirrors none.
+        vertical: Which outputs to mirror top to bottom, likewise.
+
+    Returns:
+        The same samples and clips in the mirrored images.
+    """
+    for axis, chosen, extent in ((0, horizontal, size[1]), (1, vertical, size[0])):
+        if chosen is None:
+            continue
+        mirror = torch.eye(3, dtype=real_dtype(chosen.device), device=chosen.device).repeat(len(chosen), 1, 1)
+        mirror[:, axis, axis] = torch.where(chosen, -1.0, 1.0).to(mirror.dtype)
+        mirror[:, axis, 2] = torch.where(chosen, float(extent), 0.0).to(mirror.dtype)
+        placements = warp(placements, mirror)
+    return placements
 
 
 def place_whole(source_size: Tensor, forward: Tensor) -> Placements:
@@ -198,3 +257,24 @@ class Letterbox:
         """Place one sample in each output; see `Transform`."""
         gain, offset = letterbox_gain(source_size, size, scaleup=self.scaleup, center=self.center, long_side=self.long_side)
         return place_whole(source_size, scale_offset(gain, offset))
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror the outputs of another transform at random.
+
+    Args:
+        transform: What places the samples.
+        horizontal: Probability of mirroring left to right.
+        vertical: Probability of mirroring top to bottom.
+    """
+
+    transform: Transform
+    horizontal: float = 0.5
+    vertical: float = 0.0
+
+    def __call__(self, source_size: Tensor, *, size: tuple[int, int], random: Random) -> Placements:
+        """Place as `transform` does, then mirror; see `Transform`."""
+        placements = self.transform(source_size, size=size, random=random)
+        numbers = random(2).to(source_size.device)
+        return flip(placements, size=size, horizontal=numbers[:, 0] < self.horizontal, vertical=numbers[:, 1] < self.vertical)
