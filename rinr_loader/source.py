@@ -23,13 +23,22 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class ByteRange:
+    """Where the bytes of an image file lie inside an archive: `size` bytes of the file `path` from byte `offset`, neither compressed nor encrypted."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image of a source dataset with its annotations.
 
     Args:
         key: Path below the split, without suffix, with `/` between folders. Stored percent-encoded where a tar needs it.
         split: Which split it belongs to.
-        image: The image file, or the bytes of one (for sources that are archives).
+        image: The image file, its bytes, or the part of an archive that holds them.
         boxes: Label boxes, float32 xyxy, shape `(n, 4)`, as the source gives them (not clipped, possibly invalid): pixels of the
             upright image (EXIF orientation applied), or fractions of its width and height when `relative`.
         classes: Class ids, int64, shape `(n,)`.
@@ -43,7 +52,7 @@ class Sample:
 
     key: str
     split: Split
-    image: Path | bytes
+    image: Path | bytes | ByteRange
     boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     classes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     crowd: NDArray[np.bool_] | None = None

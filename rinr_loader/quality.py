@@ -1,0 +1,47 @@
+"""How good a decoded picture is: PSNR in dB over RGB, after rounding to uint8."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+IDENTICAL = 99.0  # what a picture without any error counts as
+Pixels = NDArray[np.uint8]
+
+
+def psnr(decoded: Pixels, source: Pixels, mask: NDArray[np.bool_] | None = None) -> float:
+    """PSNR between two pictures.
+
+    Args:
+        decoded, source: uint8, `(H, W, 3)`.
+        mask: Pixels that count, bool, `(H, W)`; all of them without it.
+
+    Returns:
+        dB; 99 for equal pictures, NaN where no pixel counts.
+    """
+    wrong = (decoded.astype(np.int32) - source.astype(np.int32)) ** 2
+    if mask is not None:
+        wrong = wrong[mask]
+    if not wrong.size:
+        return math.nan
+    mean = float(wrong.mean())
+    return IDENTICAL if mean == 0 else min(IDENTICAL, 10 * math.log10(255**2 / mean))
+
+
+def box_mask(boxes: NDArray[np.floating], height: int, width: int) -> NDArray[np.bool_]:
+    """Union of boxes (xyxy in pixels of this picture, rounded outward), bool, `(height, width)`."""
+    mask = np.zeros((height, width), np.bool_)
+    for x0, y0, x1, y1 in boxes.astype(np.float64):
+        mask[max(0, math.floor(y0)) : math.ceil(y1), max(0, math.floor(x0)) : math.ceil(x1)] = True
+    return mask
+
+
+def jpeg_bytes(pixels: Pixels, quality: int) -> int:
+    """Size of a picture as an optimized JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.tell()
