@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where the bytes of an image file lie inside an archive: `size` bytes of the file `path` from byte `offset`, neither compressed nor encrypted."""
+    """Where an image file lies inside an archive, not compressed: `size` bytes of the file `path`, from byte `offset`."""
 
     path: Path
     offset: int
