@@ -5,6 +5,7 @@ Tests of what needs something name it, and this file alone decides whether it is
     @pytest.mark.real_data("dac_sdc", "kodak")   folders below $RINR_TEST_DATA; the fixture `real_data` is that path
     @pytest.mark.cuda                            a CUDA device; RINR_REQUIRE_CUDA=1 turns the skip into a failure
     @pytest.mark.requires("nvidia.dali")         optional packages, by the name they are imported by
+    needs("ultralytics")                         the same for a whole file, called before it imports from them
     @pytest.mark.slow                            left out by `make test`
 """
 
@@ -15,7 +16,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,12 +57,23 @@ def _importable(module: str) -> bool:
         return False
 
 
+def _absent(modules: Iterable[str]) -> str | None:
+    absent = [module for module in modules if not _importable(module)]
+    return f"needs the optional package {absent[0]}" if absent else None
+
+
+def needs(*modules: str) -> None:
+    """Skip the test file that calls this, unless these optional packages are installed."""
+    reason = _absent(modules)
+    if reason:
+        pytest.skip(reason, allow_module_level=True)
+
+
 def _missing(item: pytest.Item) -> str | None:
     """Say what `item` needs that is not here, or None."""
-    for marker in item.iter_markers("requires"):
-        for module in marker.args:
-            if not _importable(module):
-                return f"needs the optional package {module}"
+    absent = _absent(module for marker in item.iter_markers("requires") for module in marker.args)
+    if absent:
+        return absent
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         return "needs a CUDA device"
     fixtures: tuple[str, ...] = getattr(item, "fixturenames", ())
