@@ -39,4 +39,3 @@ ship-check: install
 	(cd $(SHIP)/site && find rinr_loader -name '*.py' -o -name py.typed) | sort > $(SHIP)/shipped.txt
 	diff $(SHIP)/source.txt $(SHIP)/shipped.txt || { echo 'The wheel lacks a module (or has one too many): see packages in pyproject.toml.'; exit 1; }
 	cd $(SHIP)/site && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p rinr_loader
-	cd $(SHIP)/site && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml $(CURDIR)/tests
