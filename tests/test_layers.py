@@ -120,7 +120,7 @@ def _imports(module: Module) -> Iterator[tuple[str, str]]:
 
 def _internal(module: Module) -> Iterator[tuple[str, str, str]]:
     """Yield `file:line`, dotted name and row of every import from this package."""
-    rows = {found.row for found in _modules()}
+    rows = {found.row for found in _modules()} | set(LAYERS)
     for place, dotted in _imports(module):
         if dotted.split(".")[0] == "rinr_loader":
             direct = dotted.count(".") == 1 and _row(dotted) not in rows  # from rinr_loader import DataLoader
