@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from rinr_loader.bundle import Bundle, Network, NetworkSpec, pack
 from rinr_loader.codecs import siren
 from rinr_loader.decode import decode_batch, feather
-from rinr_loader.fit import CHUNK, Fitted, Schedule, Task, fit
+from rinr_loader.fit import CHUNK, Fitted, Schedule, Task, fit, psnr_of
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask, jpeg_bytes, psnr
 
@@ -90,8 +91,8 @@ class _Residual:
 class _Unit:
     """One unit in work: settings, where it runs, and the generators of its lanes."""
 
-    def __init__(self, settings: Settings, unit: str, device: torch.device, threads: int) -> None:
-        self.settings, self.unit, self.device = settings, unit, device
+    def __init__(self, settings: Settings, unit: str, device: torch.device, threads: int, on_background: Callable[[], None] | None) -> None:
+        self.settings, self.unit, self.device, self.on_background = settings, unit, device, on_background
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -102,14 +103,16 @@ class _Unit:
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(self.pool.map(function, items))
 
-    def fit(self, tasks: Sequence[Task], spec: NetworkSpec, schedule: Schedule, stage: str) -> list[Fitted]:
+    def fit(
+        self, tasks: Sequence[Callable[[], Task]], spec: NetworkSpec, schedule: Schedule, stage: str, on_done: Callable[[], None] | None = None
+    ) -> list[Fitted]:
         """Fit tasks of one shape, dealt to the lanes one by one."""
         lanes = min(LANES[self.device.type], len(tasks))
         slots = SLOTS_CUDA if self.device.type == "cuda" else max(1, CHUNK["cpu"] // schedule.pixels)
 
         def lane(number: int) -> list[Fitted]:
             generator = self.generator(stage, str(spec), number)
-            return fit(tasks[number::lanes], spec, schedule, generator=generator, slots=slots, half=self.settings.half)
+            return fit(tasks[number::lanes], spec, schedule, generator=generator, slots=slots, half=self.settings.half, on_done=on_done)
 
         results: list[Fitted | None] = [None] * len(tasks)
         for number, fitted in enumerate(self.map(lane, range(lanes))):
@@ -118,7 +121,13 @@ class _Unit:
 
 
 def encode_unit(
-    pictures: Sequence[Picture], settings: Settings, *, unit: str, device: torch.device | str = "cpu", threads: int | None = None
+    pictures: Sequence[Picture],
+    settings: Settings,
+    *,
+    unit: str,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    on_background: Callable[[], None] | None = None,
 ) -> list[bytes]:
     """Encode pictures together.
 
@@ -128,17 +137,18 @@ def encode_unit(
         unit: Name of the unit; with the seed it decides all randomness.
         device: Where to fit.
         threads: Threads that share the work on a CPU; the bytes do not depend on it. All cores by default.
+        on_background: Called, from any thread, after each background: most of the work of a picture.
 
     Returns:
         One bundle each, in order.
     """
-    work = _Unit(settings, unit, torch.device(device), threads or torch.get_num_threads())
+    work = _Unit(settings, unit, torch.device(device), threads or torch.get_num_threads(), on_background)
     with _one_thread_each(), torch.no_grad(), work.pool:
         backgrounds = _fit_backgrounds(work, pictures)
         networks: list[list[Network]] = [[background] for background in backgrounds]
         if settings.has_residuals:
             _fit_residuals(work, pictures, networks)
-        return work.map(lambda i: _finish(pictures[i], networks[i]), range(len(pictures)))
+        return work.map(lambda i: _finish(pictures[i], networks[i], work.device), range(len(pictures)))
 
 
 @contextmanager
@@ -158,14 +168,15 @@ def _fit_backgrounds(work: _Unit, pictures: Sequence[Picture]) -> list[Network]:
     rungs = work.map(lambda picture: predict_rung(picture, settings), pictures)
     fitted: dict[int, tuple[NetworkSpec, Fitted]] = {}
     for attempt in range(2):
-        again = range(len(pictures)) if attempt == 0 else [i for i in range(len(pictures)) if _missed(fitted[i][1], settings) and rungs[i] + 1 < len(ladder)]
+        again = list(range(len(pictures)))
         if attempt == 1:
-            for i in again:
-                rungs[i] += 1
+            again = [i for i in again if _missed(fitted[i][1], settings.target_psnr) and rungs[i] + 1 < len(ladder)]
+            rungs = [rung + (i in again) for i, rung in enumerate(rungs)]
         for rung, spec in enumerate(ladder):
             mine = [i for i in again if rungs[i] == rung]
-            tasks = work.map(lambda i: _background_task(pictures[i], settings, work.device), mine)
-            for i, result in zip(mine, work.fit(tasks, spec, settings.background_schedule(), f"background {attempt}") if mine else [], strict=True):
+            tasks = [partial(_background_task, pictures[i], settings, work.device) for i in mine]
+            on_done = work.on_background if attempt == 0 else None
+            for i, result in zip(mine, work.fit(tasks, spec, settings.background_schedule(), f"background {attempt}", on_done), strict=True):
                 if i not in fitted or result.psnr > fitted[i][1].psnr:
                     fitted[i] = (spec, result)
     return [
@@ -174,8 +185,8 @@ def _fit_backgrounds(work: _Unit, pictures: Sequence[Picture]) -> list[Network]:
     ]
 
 
-def _missed(fitted: Fitted, settings: Settings) -> bool:
-    return settings.target_psnr is not None and fitted.psnr < settings.target_psnr
+def _missed(fitted: Fitted, target: float | None) -> bool:
+    return target is not None and fitted.psnr < target
 
 
 def predict_rung(picture: Picture, settings: Settings) -> int:
@@ -241,6 +252,7 @@ def _fit_residuals(work: _Unit, pictures: Sequence[Picture], networks: list[list
         if not picture.blind:
             placed += place_residuals(picture, settings, work.generator("place", i), i)
     done: dict[_Residual, Network] = {}
+    best: dict[_Residual, float] = {}
 
     def before(residual: _Residual) -> list[Network]:
         earlier = [done[r] for r in placed if r.picture == residual.picture and r.level < residual.level and r in done]
@@ -248,16 +260,21 @@ def _fit_residuals(work: _Unit, pictures: Sequence[Picture], networks: list[list
 
     for level in range(max((r.level for r in placed), default=-1) + 1):
         now = [r for r in placed if r.level == level]
-        tasks = work.map(lambda r: _residual_task(pictures[r.picture], r, before(r), settings, work.device), now)
-        for spec in sorted({r.spec for r in now}):
-            mine = [(r, task) for r, (task, _) in zip(now, tasks, strict=True) if r.spec == spec and task is not None]
-            if not mine:
-                continue
-            fits = work.fit([task for _, task in mine], spec, settings.residual_schedule(spec), f"residual {level}")
-            without = {r: already for r, (_, already) in zip(now, tasks, strict=True)}
-            for (r, task), fitted in zip(mine, fits, strict=True):
-                if fitted.psnr > without[r]:  # a residual that makes its object worse is left out
-                    done[r] = Network(spec, r.rect, task.scale, fitted.weights, FEATHER, r.object)
+        found = work.map(lambda r: _residual_task(pictures[r.picture], r, before(r), settings, work.device), now)
+        wanted = [(r, r.spec, task) for r, task in zip(now, found, strict=True) if task is not None]
+        for attempt in range(2):
+            missed: list[tuple[_Residual, NetworkSpec, Task]] = []
+            for spec in sorted({spec for _, spec, _ in wanted}):
+                mine = [(r, task) for r, s, task in wanted if s == spec]
+                tasks = [partial(_given, task) for _, task in mine]
+                for (r, task), fitted in zip(mine, work.fit(tasks, spec, settings.residual_schedule(spec), f"residual {level} {attempt}"), strict=True):
+                    if fitted.psnr > best.get(r, task.psnr_without):  # a residual that makes its object worse is left out
+                        best[r] = fitted.psnr
+                        done[r] = Network(spec, r.rect, task.scale, fitted.weights, FEATHER, r.object)
+                    larger = settings.larger_residual(spec)
+                    if larger is not None and _missed(fitted, settings.object_psnr):
+                        missed.append((r, larger, task))
+            wanted = missed
     for r in placed:
         if r in done:
             networks[r.picture].append(done[r])
@@ -265,8 +282,8 @@ def _fit_residuals(work: _Unit, pictures: Sequence[Picture], networks: list[list
 
 def _residual_task(
     picture: Picture, residual: _Residual, before: Sequence[Network], settings: Settings, device: torch.device
-) -> tuple[Task | None, float]:
-    """What a residual's network should give, None where the object is good enough already; and the PSNR it has without it."""
+) -> Task | None:
+    """What a residual's network should give; None where the object is good enough already."""
     x0, y0, x1, y1 = residual.rect
     points = _points(residual.rect, device)
     image = torch.from_numpy(picture.pixels[y0:y1, x0:x1]).to(device).float().flatten(0, 1).T / 255
@@ -275,15 +292,19 @@ def _residual_task(
     inner = box_mask(picture.stored_boxes[residual.object][None] - [x0, y0, x0, y0], y1 - y0, x1 - x0)
     measured = torch.from_numpy(inner.ravel()).to(device)
     wrong = image - current
-    already = 10 * math.log10(1 / max(float(wrong[:, measured].square().mean()), 1e-10))
+    already = psnr_of(float(wrong[:, measured].square().mean()))
     if settings.object_psnr is not None and already >= settings.object_psnr:
-        return None, already
+        return None
     weight = feather(points[None], torch.tensor([residual.rect], device=device).float(), torch.tensor([float(FEATHER)], device=device), size)[0]
     target = wrong
     if residual.spec.kind == "direct":  # weight * (0.5 + network) replaces what is there
         target = image - (1 - weight) * current - 0.5 * weight
     scale = max(2 * float(target.square().mean().sqrt()), 1 / 255)
-    return Task(_normalised(points, residual.rect), target / scale, weight, measured, scale, settings.object_psnr), already
+    return Task(_normalised(points, residual.rect), target / scale, weight, measured, scale, settings.object_psnr, psnr_without=already)
+
+
+def _given(task: Task) -> Task:
+    return task
 
 
 def render(networks: Sequence[Network], points: Tensor, stored_size: Tensor) -> Tensor:
@@ -311,7 +332,7 @@ def render(networks: Sequence[Network], points: Tensor, stored_size: Tensor) -> 
     return total
 
 
-def _finish(picture: Picture, networks: Sequence[Network]) -> bytes:
+def _finish(picture: Picture, networks: Sequence[Network], device: torch.device) -> bytes:
     """Measure the bundle as a reader will see it, and pack it with what was measured."""
     bundle = Bundle(
         stored_size=(picture.pixels.shape[0], picture.pixels.shape[1]),
@@ -323,6 +344,6 @@ def _finish(picture: Picture, networks: Sequence[Network]) -> bytes:
         label=picture.label,
         source_hash=picture.source_hash,
     )
-    decoded = decode_batch([pack(bundle)])[0].permute(1, 2, 0).numpy()
+    decoded = decode_batch([pack(bundle)], device=device)[0].permute(1, 2, 0).cpu().numpy()
     mask = picture.object_mask
     return pack(replace(bundle, psnr=psnr(decoded, picture.pixels), object_psnr=psnr(decoded, picture.pixels, mask) if mask.any() else None))

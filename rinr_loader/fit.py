@@ -7,7 +7,7 @@ its slot. Everything is counted in steps and drawn from the given generator, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class Schedule:
         pixels: Random pixels of each network in a step.
         quantize_from: Share of the steps after which int8 networks are fitted as they will be stored (straight-through).
         checks: How often a fit is judged, in the course of all steps.
-        patience: Checks without an improvement of 0.01 dB after which a fit ends.
+        patience: Checks without an improvement of 0.01 dB after which a fit ends, in the second half of the steps: a network can idle at first.
     """
 
     steps: int
@@ -56,6 +56,7 @@ class Task:
         measured: Pixels that count for the PSNR, bool, `(N,)`.
         scale: From the network's output to colour, where 1 is 255.
         stop_psnr: Stop when the measured pixels reach this many dB; None to run all steps.
+        psnr_without: What the measured pixels have without this network.
     """
 
     points: Tensor
@@ -64,6 +65,7 @@ class Task:
     measured: Tensor
     scale: float
     stop_psnr: float | None = None
+    psnr_without: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class _Stack:
         self.scales = torch.ones(slots, spec.rows, device=device)  # of the best state
         self.steps = torch.ones(slots, spec.weights, device=device)  # int8 step of every weight, once they are fixed
         self.tables: list[Tensor] = []
-        self.tasks: list[int] = []
+        self.tasks: list[int] = []  # which task each slot works on, and what is left to know of it
+        self.scale: list[float] = []
+        self.stop: list[float] = []
         self.step = [0] * slots
         self.since = [0] * slots  # steps since the optimizer's state was last cleared
         self.rate = [1.0] * slots  # factor on the learning rate
@@ -92,32 +96,44 @@ class _Stack:
         self.mark = [-math.inf] * slots  # the PSNR that patience compares with
         self.waited = [0] * slots
 
-    def start(self, slot: int, task: int, table: Tensor, flat: Tensor) -> None:
+    def start(self, slot: int, number: int, task: Task, table: Tensor, flat: Tensor) -> None:
         for state in (self.mean, self.square):
             state[slot].zero_()
         self.flat[slot], self.best[slot] = flat, flat
         self.since[slot], self.rate[slot] = 0, 1.0
         self.step[slot], self.psnr[slot], self.mark[slot], self.waited[slot] = 0, -math.inf, -math.inf, 0
-        self.tables[slot : slot + 1], self.tasks[slot : slot + 1] = [table], [task]
+        self.tables[slot : slot + 1], self.tasks[slot : slot + 1] = [table], [number]
+        self.scale[slot : slot + 1], self.stop[slot : slot + 1] = [task.scale], [math.inf if task.stop_psnr is None else task.stop_psnr]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these slots only."""
         for name in ("flat", "mean", "square", "best", "grad", "scales", "steps"):
             setattr(self, name, getattr(self, name)[rows].clone())
-        for name in ("tables", "tasks", "step", "since", "rate", "psnr", "mark", "waited"):
+        for name in ("tables", "tasks", "scale", "stop", "step", "since", "rate", "psnr", "mark", "waited"):
             setattr(self, name, [getattr(self, name)[i] for i in rows])
 
 
-def fit(tasks: Sequence[Task], spec: NetworkSpec, schedule: Schedule, *, generator: torch.Generator, slots: int, half: bool = False) -> list[Fitted]:
+def fit(
+    tasks: Sequence[Callable[[], Task]],
+    spec: NetworkSpec,
+    schedule: Schedule,
+    *,
+    generator: torch.Generator,
+    slots: int,
+    half: bool = False,
+    on_done: Callable[[], None] | None = None,
+) -> list[Fitted]:
     """Fit one network for each task.
 
     Args:
-        tasks: What to fit; sizes may differ. Their tensors are on the generator's device.
+        tasks: What to fit, each made when its turn comes, so that memory holds those in work only; sizes may differ. Their tensors are
+            on the generator's device.
         spec: Shape of all of them.
         schedule: Steps, learning rate and pixels.
         generator: Source of all randomness.
         slots: Networks in work at a time.
         half: Run the square matrix products in float16.
+        on_done: Called after each network.
 
     Returns:
         The best state of each, in the order of the tasks.
@@ -126,7 +142,7 @@ def fit(tasks: Sequence[Task], spec: NetworkSpec, schedule: Schedule, *, generat
     results: dict[int, Fitted] = {}
     stack = _Stack(spec, min(slots, len(tasks)), generator.device)
     for slot in range(min(slots, len(tasks))):
-        _start(stack, slot, waiting.pop(0), tasks, spec, schedule, generator)
+        _start(stack, slot, slot, tasks[waiting.pop(0)](), spec, schedule, generator)
     every = max(1, schedule.steps // schedule.checks)
     quantize_at = int(schedule.steps * schedule.quantize_from) if spec.dtype == "int8" else schedule.steps + 1
     with torch.no_grad():
@@ -138,15 +154,24 @@ def fit(tasks: Sequence[Task], spec: NetworkSpec, schedule: Schedule, *, generat
             _step(stack, spec, schedule, quantize_at, half)
             due = [slot for slot, step in enumerate(stack.step) if step % every == 0 or step == schedule.steps]
             if due:
-                _check(stack, due, tasks, spec, quantize_at)
-                _turn_over(stack, due, waiting, results, tasks, spec, schedule, generator)
+                _check(stack, due, spec, quantize_at)
+                for number, fitted, slot in _finished(stack, due, spec, schedule):
+                    results[number] = fitted
+                    if on_done is not None:
+                        on_done()
+                    if waiting:
+                        _start(stack, slot, waiting[0], tasks[waiting.pop(0)](), spec, schedule, generator)
+                    else:
+                        stack.tasks[slot] = -1
+                if -1 in stack.tasks:
+                    stack.keep([slot for slot, task in enumerate(stack.tasks) if task >= 0])
     return [results[i] for i in range(len(tasks))]
 
 
 def _start(
-    stack: _Stack, slot: int, task: int, tasks: Sequence[Task], spec: NetworkSpec, schedule: Schedule, generator: torch.Generator
+    stack: _Stack, slot: int, number: int, task: Task, spec: NetworkSpec, schedule: Schedule, generator: torch.Generator
 ) -> None:
-    stack.start(slot, task, _table(tasks[task], schedule, generator), siren.initialise(spec, generator, 1)[0])
+    stack.start(slot, number, task, _table(task, schedule, generator), siren.initialise(spec, generator, 1)[0])
 
 
 def _table(task: Task, schedule: Schedule, generator: torch.Generator) -> Tensor:
@@ -203,7 +228,7 @@ def _adam(stack: _Stack, schedule: Schedule) -> None:
     stack.flat.sub_(stack.mean * size / (stack.square * correction).sqrt_().add_(EPSILON))
 
 
-def _check(stack: _Stack, due: list[int], tasks: Sequence[Task], spec: NetworkSpec, quantize_at: int) -> None:
+def _check(stack: _Stack, due: list[int], spec: NetworkSpec, quantize_at: int) -> None:
     """Measure the PSNR of some slots as they would be stored, and keep what is better than before."""
     flat, scales = stack.flat[due], None
     if spec.dtype == "int8":
@@ -213,7 +238,7 @@ def _check(stack: _Stack, due: list[int], tasks: Sequence[Task], spec: NetworkSp
         scales = torch.where(fixed, stack.steps[due][:, first_column], siren.row_scales(flat, spec))
     stored = siren.round_as_stored(flat, spec, None if scales is None else siren.expand_rows(scales, spec))
     for k, slot in enumerate(due):
-        psnr = _psnr(stored[k : k + 1], spec, stack.tables[slot], tasks[stack.tasks[slot]].scale)
+        psnr = _psnr(stored[k : k + 1], spec, stack.tables[slot], stack.scale[slot])
         if psnr > stack.psnr[slot]:
             stack.psnr[slot], stack.best[slot] = psnr, flat[k]
             if scales is not None:
@@ -240,32 +265,16 @@ def psnr_of(mean_squared_error: float) -> float:
     return -10 * math.log10(max(mean_squared_error, 10**-9.9))
 
 
-def _turn_over(
-    stack: _Stack,
-    due: list[int],
-    waiting: list[int],
-    results: dict[int, Fitted],
-    tasks: Sequence[Task],
-    spec: NetworkSpec,
-    schedule: Schedule,
-    generator: torch.Generator,
-) -> None:
-    """End the fits that are done and give their slots to waiting tasks."""
-    empty = []
+def _finished(stack: _Stack, due: list[int], spec: NetworkSpec, schedule: Schedule) -> list[tuple[int, Fitted, int]]:
+    """The fits that are done: task, result and slot of each."""
+    done = []
     for slot in due:
         if stack.psnr[slot] > stack.mark[slot] + 0.01:
             stack.mark[slot], stack.waited[slot] = stack.psnr[slot], 0
         else:
-            stack.waited[slot] += 1
-        stop = tasks[stack.tasks[slot]].stop_psnr
-        reached = stop is not None and stack.psnr[slot] >= stop
-        if reached or stack.step[slot] >= schedule.steps or stack.waited[slot] >= schedule.patience:
+            stack.waited[slot] += stack.step[slot] > schedule.steps // 2
+        if stack.psnr[slot] >= stack.stop[slot] or stack.step[slot] >= schedule.steps or stack.waited[slot] >= schedule.patience:
             scales = stack.scales[slot : slot + 1] if spec.dtype == "int8" else None
             weights = siren.to_bytes(stack.best[slot : slot + 1], spec, scales)[0]
-            results[stack.tasks[slot]] = Fitted(weights, stack.psnr[slot], stack.step[slot])
-            if waiting:
-                _start(stack, slot, waiting.pop(0), tasks, spec, schedule, generator)
-            else:
-                empty.append(slot)
-    if empty:
-        stack.keep([slot for slot in range(len(stack.tasks)) if slot not in empty])
+            done.append((stack.tasks[slot], Fitted(weights, stack.psnr[slot], stack.step[slot]), slot))
+    return done
