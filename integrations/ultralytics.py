@@ -66,7 +66,7 @@ class ShardDetectionTrainer(DetectionTrainer):
         """
         check_data(self.args.data, splits=("train", self.args.split))
         data: dict[str, Any] = super().get_dataset()
-        names = YAML.load(self.args.data).get("names")  # data["names"] is overridden under single_cls
+        names = YAML.load(self.args.data).get("names") if self.args.single_cls else data["names"]  # there they are one name for all
         train, val = (check_split(data[split], data, names=names) for split in ("train", self.args.split))
         if train or val:
             check_settings(self.args, training=train)
@@ -227,7 +227,7 @@ def build_shard_dataset(args: Any, folder: str, *, train: bool, rect: bool, batc
         batch_size=batch or args.batch,
         stride=stride,
         pad=0.0 if train else 0.5,
-        fraction=get_split_fraction(args.fraction, "train" if train else args.split),
+        fraction=get_split_fraction(args.fraction, "train" if train else args.split or "val"),
         classes=[args.classes] if isinstance(args.classes, int) else args.classes,
         single_cls=bool(args.single_cls),
         cache=bool(args.cache),

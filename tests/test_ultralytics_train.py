@@ -379,3 +379,28 @@ def test_a_rank_takes_its_share_by_its_global_rank(trained: Run, data: Data, mon
     assert taken["val"] == list(range(8))
     whole = trainer.get_dataloader(str(data.shards / "train"), batch_size=2, rank=-1, mode="train")
     assert len(whole.sampler) == 32
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cache", [False, "ram"])
+def test_a_gpu_trains_and_validates_like_a_cpu(trained: Run, data: Data, tmp_path: Path, train: Callable[..., Run], cache: bool | str) -> None:
+    devices: set[str] = set()
+    decode = ShardDetectionDataset.build
+
+    class Devices(ShardDetectionTrainer):
+        def get_dataloader(self, *args: Any, **keywords: Any) -> Any:
+            loader = super().get_dataloader(*args, **keywords)
+            loader.dataset.build = lambda plan, fetched: note(decode(loader.dataset, plan, fetched))
+            return loader
+
+    def note(batch: dict[str, Any]) -> dict[str, Any]:
+        devices.add(batch["img"].device.type)
+        return batch
+
+    train(epochs=2, device=0, amp=False, workers=2, cache=cache, trainer=Devices)  # the check of amp=True downloads a model
+    assert devices == {"cuda"}
+    on_gpu = val(YOLO(trained.model.trainer.best), data=str(data.shards), device=0, batch=16, project=str(tmp_path))
+    assert on_gpu == pytest.approx(trained.metrics, abs=0.02)
