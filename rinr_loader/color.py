@@ -23,8 +23,8 @@ def hsv_gains(numbers: Tensor, *, hue: float, saturation: float, value: float) -
 def adjust_hsv(images: Tensor, gains: Tensor) -> Tensor:
     """Turn the hue and scale saturation and value of each image, with the meaning of Ultralytics' RandomHSV.
 
-    uint8 images go through the same 8-bit steps as OpenCV's (hue in 180 steps, saturation and value in 255, rounded down after the
-    gain) and end within 2 levels of it. Floats are computed without steps, so up to one of OpenCV's steps (about 10 levels) apart.
+    uint8 images go through OpenCV's 8-bit steps (hue in 180, saturation in 255, the result rounded down) and end within 2 levels of
+    it. Floats are computed without steps, so up to one step of OpenCV's hue (about 10 levels) apart.
 
     Args:
         images: RGB, shape `(N, 3, H, W)`, uint8 in [0, 255] or floats in [0, 1].
@@ -71,8 +71,6 @@ def _adjust_part(images: Tensor, gains: Tensor, out: Tensor) -> None:
     hue = (hue + turn_steps) / 30  # in sixths of the circle
     saturation = (saturation * (1 + saturation_gain)).clamp_(0, 255)
     value = (value * (1 + value_gain)).clamp_(0, 255)
-    if stepped:
-        saturation, value = saturation.floor_(), value.floor_()
     chroma = value * saturation / 255
     for channel, phase in enumerate((5, 3, 1)):
         k = (hue + phase).remainder_(6)

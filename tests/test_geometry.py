@@ -161,6 +161,7 @@ def loaded_like_ultralytics(folder: Path, height: int, width: int, long_side: in
         channels=3,
         prefix="",
     )
+    resized: tuple[int, int]
     image, original, resized = BaseDataset.load_image(dataset, 0)
     assert original == (height, width)
     assert image.shape[:2] == resized
