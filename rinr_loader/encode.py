@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ class _Unit:
 
     def __init__(self, settings: Settings, unit: str, device: torch.device, threads: int, on_background: Callable[[], None] | None) -> None:
         self.settings, self.unit, self.device, self.on_background = settings, unit, device, on_background
+        self.cancelled = threading.Event()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -111,8 +113,16 @@ class _Unit:
         slots = SLOTS_CUDA if self.device.type == "cuda" else max(1, CHUNK["cpu"] // schedule.pixels)
 
         def lane(number: int) -> list[Fitted]:
-            generator = self.generator(stage, str(spec), number)
-            return fit(tasks[number::lanes], spec, schedule, generator=generator, slots=slots, half=self.settings.half, on_done=on_done)
+            return fit(
+                tasks[number::lanes],
+                spec,
+                schedule,
+                generator=self.generator(stage, str(spec), number),
+                slots=slots,
+                half=self.settings.half,
+                on_done=on_done,
+                cancelled=self.cancelled,
+            )
 
         results: list[Fitted | None] = [None] * len(tasks)
         for number, fitted in enumerate(self.map(lane, range(lanes))):
@@ -143,12 +153,23 @@ def encode_unit(
         One bundle each, in order.
     """
     work = _Unit(settings, unit, torch.device(device), threads or torch.get_num_threads(), on_background)
-    with _one_thread_each(), torch.no_grad(), work.pool:
+    with _one_thread_each(), torch.no_grad(), work.pool, _cancelling(work):
         backgrounds = _fit_backgrounds(work, pictures)
         networks: list[list[Network]] = [[background] for background in backgrounds]
         if settings.has_residuals:
             _fit_residuals(work, pictures, networks)
         return work.map(lambda i: _finish(pictures[i], networks[i], work.device), range(len(pictures)))
+
+
+@contextmanager
+def _cancelling(work: _Unit) -> Iterator[None]:
+    """End the fits in work when something goes wrong, Ctrl-C included, instead of waiting minutes for them."""
+    try:
+        yield
+    except BaseException:
+        work.cancelled.set()
+        work.pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 @contextmanager

@@ -7,6 +7,7 @@ its slot. Everything is counted in steps and drawn from the given generator, so 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,6 +123,7 @@ def fit(
     slots: int,
     half: bool = False,
     on_done: Callable[[], None] | None = None,
+    cancelled: threading.Event | None = None,
 ) -> list[Fitted]:
     """Fit one network for each task.
 
@@ -134,6 +136,7 @@ def fit(
         slots: Networks in work at a time.
         half: Run the square matrix products in float16.
         on_done: Called after each network.
+        cancelled: Set by another thread, it ends the fit with a KeyboardInterrupt.
 
     Returns:
         The best state of each, in the order of the tasks.
@@ -147,6 +150,8 @@ def fit(
     quantize_at = int(schedule.steps * schedule.quantize_from) if spec.dtype == "int8" else schedule.steps + 1
     with torch.no_grad():
         while stack.tasks:
+            if cancelled is not None and cancelled.is_set():
+                raise KeyboardInterrupt
             for slot, step in enumerate(stack.step):
                 if step == quantize_at:
                     fixed = siren.row_scales(stack.flat[slot : slot + 1], spec)

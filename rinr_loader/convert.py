@@ -1,0 +1,519 @@
+"""A source dataset to shards: plan units, encode them, assemble shards, describe the dataset. Resumable at every point.
+
+While a conversion runs, `DEST/.rinr/` holds `job.json` (what was asked for) and two files for each finished unit: a tar of its members
+and a report. A unit whose files are there and whose sources have not changed is never encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rinr_loader.annotations import annotate, sidecar
+from rinr_loader.bundle import VERSION, parse
+from rinr_loader.encode import Picture, encode_unit
+from rinr_loader.errors import ConfigError, ConvertError
+from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
+from rinr_loader.index import SUFFIX, ShardIndex, encode_key, load_index
+from rinr_loader.presets import Settings
+from rinr_loader.source import SPLITS, Problem, Sample, Source
+from rinr_loader.writer import (
+    DATASET,
+    data_yaml,
+    describe_dataset,
+    describe_shard,
+    dump_json,
+    member,
+    read_tar,
+    write_bytes,
+    write_index,
+    write_tar,
+)
+
+UNIT = 64  # samples that are fitted together
+WORK = ".rinr"
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything besides the samples that a conversion's bytes depend on.
+
+    Args:
+        settings: Of the encoder.
+        size: Width and height that pictures are shrunk to fit inside; None keeps them.
+        shard_samples: Samples in a shard.
+        val_residuals: Encode val and test with residuals, as train; by default they are encoded blind to their labels.
+        device: Where to fit, `cpu` or `cuda`.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    size: tuple[int, int] | None = None
+    shard_samples: int = 1024
+    val_residuals: bool = False
+    device: str = "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        """As stored in `dataset.json`."""
+        build = {"torch": torch.__version__, "device": torch.device(self.device).type, "format": VERSION}
+        return {"family": "siren", **dataclasses.asdict(self.settings), **_but_settings(self), **build}
+
+
+def _but_settings(job: Job) -> dict[str, Any]:
+    size = None if job.size is None else list(job.size)
+    return {"size": size, "shard_samples": job.shard_samples, "val_residuals": job.val_residuals}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is."""
+
+    done: int  # samples encoded, or found finished
+    total: int
+    resumed: int  # of `done`, those found finished
+    bytes: int  # of the bundles of finished units
+    psnr: float | None  # mean over the finished units, in dB
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Args:
+        dest: The dataset.
+        samples: Samples written, by split.
+        problems: What was left out, and why.
+        dropped_boxes: Boxes left out, by reason.
+        seconds: Time it took.
+        psnr, object_psnr: Means over the samples in dB, None where there is nothing to measure.
+        bytes: Of all files of the dataset.
+        source_bytes: Of the source's picture files.
+    """
+
+    dest: Path
+    samples: dict[str, int]
+    problems: tuple[Problem, ...]
+    dropped_boxes: dict[str, int]
+    seconds: float
+    psnr: float | None
+    object_psnr: float | None
+    bytes: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    shard: str
+    split: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class _UnitReport:
+    """What is remembered of a finished unit beside its members."""
+
+    print: str  # of the annotations that went in
+    hashes: list[str]  # of the source files
+    problems: list[list[str]]
+    dropped: dict[str, int]
+    samples: int
+    bytes: int
+    source_bytes: int
+    psnr: list[float]
+    object_psnr: list[float]
+
+
+def convert(
+    source: Source,
+    dest: Path | str,
+    job: Job | None = None,
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert a source dataset to a directory of residual-INR shards.
+
+    Interrupted at any moment, the same call goes on where it was and gives the same bytes as an undisturbed one.
+
+    Args:
+        source: What to convert, from `rinr_loader.converters.open_source` or of your own making.
+        dest: The directory to write; new, empty, or holding the same conversion unfinished.
+        job: Codec settings, size and shards; defaults without it.
+        workers: Processes that fit units side by side. The bytes do not depend on it.
+        strict: Make the first picture or label that cannot be used an error.
+        on_progress: Called after every picture.
+
+    Returns:
+        What was written and what was left out.
+
+    Raises:
+        ConvertError: There is nothing to convert, a key does not fit a tar, or `strict` met a problem.
+        ConfigError: `dest` holds another dataset or another unfinished conversion.
+        StorageError: `dest` cannot be written, or is full.
+    """
+    started = time.monotonic()
+    job, dest = job or Job(), Path(dest)
+    units = plan_units(source.samples, job.shard_samples)
+    if strict and source.problems:
+        raise _strict(source.problems[0])
+    work = _open(dest, _fingerprint(source, job))
+    if work is not None:
+        _Run(work, job, units, strict, on_progress).run(workers)
+        _assemble(source, dest, work, job, units)
+        _clean(dest)
+    return _report(dest, time.monotonic() - started)
+
+
+def plan_units(samples: Sequence[Sample], shard_samples: int) -> list[_Unit]:
+    """Deal samples to shards and units, in order; fixed before anything is encoded.
+
+    Raises:
+        ConvertError: There are no samples, a key stands twice, or a key is too long for a tar.
+        ValueError: `shard_samples` is below 1.
+    """
+    if shard_samples < 1:
+        raise ValueError(f"shard_samples: expected at least 1, got {shard_samples}")
+    if not samples:
+        raise ConvertError("source: expected at least one picture, got none; check the path and --source-format")
+    units = []
+    for split in SPLITS:
+        mine = [sample for sample in samples if sample.split == split]
+        _check_keys(split, mine)
+        for first in range(0, len(mine), shard_samples):
+            shard = f"{split}-{first // shard_samples:06d}"
+            members = mine[first : first + shard_samples]
+            units += [_Unit(f"{shard}-{i // UNIT:04d}", shard, split, tuple(members[i : i + UNIT])) for i in range(0, len(members), UNIT)]
+    return units
+
+
+def _check_keys(split: str, samples: Sequence[Sample]) -> None:
+    seen: dict[str, str] = {}
+    for sample in samples:
+        key = encode_key(sample.key)
+        member(key + SUFFIX)
+        other = seen.setdefault(key.casefold(), sample.key)
+        if other is not sample.key:
+            raise ConvertError(f"{split}: expected keys that differ in more than case, got {other!r} and {sample.key!r}; rename one of the files")
+
+
+def _fingerprint(source: Source, job: Job) -> dict[str, Any]:
+    """What must be the same for a conversion to be the same one: settings and the list of samples."""
+    keys = hashlib.sha256("\n".join(f"{s.split}/{s.key}" for s in source.samples).encode()).hexdigest()[:16]
+    return {**job.describe(), "source_format": source.format, "samples": keys, "names": list(source.names)}
+
+
+def _open(dest: Path, fingerprint: dict[str, Any]) -> Path | None:
+    """Make or find the working folder; None where the dataset is already complete."""
+    work = dest / WORK
+    if (dest / DATASET).exists():
+        _clean(dest)  # a run was killed when everything was done
+    wanted = json.loads(json.dumps(fingerprint))
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        there = sorted(path.name for path in dest.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{dest}: expected a folder that can be written, got {error.strerror}; choose another DEST") from None
+    if (work / "job.json").exists():
+        found = json.loads((work / "job.json").read_bytes())
+        if found != wanted:
+            raise ConfigError(f"{dest}: {_difference('an unfinished conversion', found, wanted)}; run the same command again, or choose another DEST")
+        return work
+    if DATASET in there:
+        found = json.loads((dest / DATASET).read_bytes()).get("codec", {}).get("job")
+        if found != wanted:
+            raise ConfigError(f"{dest}: {_difference('another dataset', found or {}, wanted)}; choose another DEST")
+        return None
+    if there and there != [WORK]:
+        raise ConfigError(f"{dest}: expected an empty folder or an unfinished conversion, got {', '.join(there[:3])}; choose another DEST")
+    work.mkdir(exist_ok=True)
+    write_bytes(work / "job.json", dump_json(wanted))
+    return work
+
+
+def _clean(dest: Path) -> None:
+    """Remove the working folder. Renamed first: half of one would look like an unfinished conversion."""
+    done = dest / f"{WORK}-done"
+    if (dest / WORK).exists():
+        os.replace(dest / WORK, done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def _difference(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    told = [f"{name} {found.get(name)} instead of {wanted.get(name)}" if name not in ("samples", "names") else f"other {name}" for name in names]
+    return f"expected the conversion asked for, got {what} ({', '.join(told[:4])})"
+
+
+def _strict(problem: Problem) -> ConvertError:
+    return ConvertError(f"{problem.subject}: {problem.reason}; mend it, or leave out --strict")
+
+
+class _Run:
+    """Encodes the units that are not finished yet and keeps count."""
+
+    def __init__(self, work: Path, job: Job, units: Sequence[_Unit], strict: bool, on_progress: Callable[[Progress], None] | None) -> None:
+        self.work, self.job, self.units, self.strict, self.on_progress = work, job, units, strict, on_progress
+        self.done = self.resumed = self.bytes = 0
+        self.psnr: list[float] = []
+
+    def run(self, workers: int) -> None:
+        for leftover in self.work.glob(".*.tmp"):  # of a run that was killed
+            leftover.unlink()
+        waiting = []
+        for unit in self.units:
+            report = _load(self.work, unit)
+            if report is not None and _unchanged(unit, report):
+                self.resumed += len(unit.samples)
+                self._count(unit, report, len(unit.samples))
+            else:
+                waiting.append(unit)
+        for shard in {(unit.split, unit.shard) for unit in waiting}:  # assembled before a source changed
+            (self.work.parent / shard[0] / f"{shard[1]}.tar").unlink(missing_ok=True)
+        if workers <= 1 or len(waiting) <= 1:
+            for unit in waiting:
+                ticks = [0]
+                report = encode_and_store(unit, self.work, self.job, None, lambda ticks=ticks: self._tick(ticks))  # type: ignore[misc]
+                self._count(unit, report, len(unit.samples) - ticks[0])
+        else:
+            self._run_processes(waiting, workers)
+
+    def _run_processes(self, waiting: Sequence[_Unit], workers: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        before = set(active_children())
+        # Spawned, not forked: a forked child inherits locks of torch's threads.
+        pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=get_context("spawn"))
+        try:
+            futures = {pool.submit(encode_and_store, unit, self.work, self.job, threads): unit for unit in waiting}
+            for future in as_completed(futures):
+                self._count(futures[future], future.result(), len(futures[future].samples))
+        except BrokenProcessPool:
+            raise ConvertError("workers: expected to finish, got one that was killed (out of memory?); run the same command with fewer --workers") from None
+        except BaseException:
+            for child in set(active_children()) - before:  # a unit takes minutes; what it has not finished is lost anyway
+                child.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _tick(self, ticks: list[int]) -> None:
+        ticks[0] += 1
+        self.done += 1
+        self._tell()
+
+    def _count(self, unit: _Unit, report: _UnitReport, samples: int) -> None:
+        if self.strict and report.problems:
+            raise _strict(Problem(*report.problems[0]))
+        self.done += samples
+        self.bytes += report.bytes
+        self.psnr += report.psnr
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.on_progress is not None:
+            mean = sum(self.psnr) / len(self.psnr) if self.psnr else None
+            self.on_progress(Progress(self.done, sum(len(u.samples) for u in self.units), self.resumed, self.bytes, mean))
+
+
+def encode_and_store(
+    unit: _Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None
+) -> _UnitReport:
+    """Encode one unit and store its members and its report in the working folder, the members last."""
+    report, members = encode_samples(unit, job, threads, on_background)
+    write_bytes(work / f"{unit.name}.json", dump_json(dataclasses.asdict(report)))
+    write_tar(work / f"{unit.name}.tar", members)
+    return report
+
+
+def encode_samples(
+    unit: _Unit, job: Job, threads: int | None, on_background: Callable[[], None] | None
+) -> tuple[_UnitReport, list[tuple[str, bytes]]]:
+    """Encode one unit: its report and its tar members."""
+    pictures: list[Picture] = []
+    read: list[tuple[str, dict[str, object]]] = []
+    problems: list[list[str]] = []
+    dropped: Counter[str] = Counter()
+    hashes, source_bytes = [], 0
+    for sample in unit.samples:
+        subject = _subject(sample)
+        try:
+            image = read_image(sample.image)
+            height, width = image.pixels.shape[:2]
+            annotations = annotate(sample, width, height)
+        except ConvertError as error:
+            problems.append([subject, str(error)])
+            hashes.append(_hash(sample))
+            continue
+        hashes.append(image.source_hash.hex())
+        source_bytes += image.source_bytes
+        dropped.update(annotations.dropped)
+        problems += [[subject, f"{count} box(es) {reason}"] for reason, count in sorted(annotations.dropped.items())]
+        read.append((encode_key(sample.key), sidecar(sample, annotations)))
+        pictures.append(
+            Picture(
+                pixels=fit_inside(image.pixels, job.size),
+                source_size=(height, width),
+                boxes=annotations.boxes,
+                classes=annotations.classes,
+                crowd=annotations.crowd,
+                label=sample.label,
+                source_hash=image.source_hash,
+                blind=sample.split != "train" and not job.val_residuals,
+            )
+        )
+    bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background)
+    members: list[tuple[str, bytes]] = []
+    for (key, extra), bundle in zip(read, bundles, strict=True):
+        members.append((key + SUFFIX, bundle))
+        if extra:
+            members.append((f"{key}.json", json.dumps(extra, sort_keys=True).encode()))
+    parsed = [parse(bundle) for bundle in bundles]
+    report = _UnitReport(
+        print=_print(unit),
+        hashes=hashes,
+        problems=problems,
+        dropped=dict(dropped),
+        samples=len(bundles),
+        bytes=sum(len(data) for _, data in members),
+        source_bytes=source_bytes,
+        psnr=[b.psnr for b in parsed if b.psnr is not None],
+        object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
+    )
+    return report, members
+
+
+def _subject(sample: Sample) -> str:
+    """What a report calls a sample: not its path, which differs between machines."""
+    return f"{sample.split}/{sample.key}" + (sample.image.suffix if isinstance(sample.image, Path) else "")
+
+
+def _hash(sample: Sample) -> str:
+    """Hash of a sample's source file, also where it cannot be read as a picture."""
+    try:
+        return hash_of(read_bytes(sample.image)).hex()
+    except ConvertError:
+        return ""
+
+
+def _print(unit: _Unit) -> str:
+    """A hash of a unit's annotations."""
+    digest = hashlib.sha256()
+    for s in unit.samples:
+        crowd = b"" if s.crowd is None else s.crowd.tobytes()
+        about = json.dumps([s.key, s.label, s.relative, s.declared_size, s.extra], sort_keys=True, default=str).encode()
+        digest.update(b"".join((about, s.boxes.tobytes(), s.classes.tobytes(), crowd)))
+    return digest.hexdigest()[:16]
+
+
+def _load(work: Path, unit: _Unit) -> _UnitReport | None:
+    """The report of a unit, None where it is not finished: the tar is written last."""
+    if not (work / f"{unit.name}.tar").exists():
+        return None
+    return _UnitReport(**json.loads((work / f"{unit.name}.json").read_bytes()))
+
+
+def _unchanged(unit: _Unit, report: _UnitReport) -> bool:
+    return report.print == _print(unit) and report.hashes == [_hash(sample) for sample in unit.samples]
+
+
+def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[_Unit]) -> None:
+    """Join units to shards, then describe them; `dataset.json` comes last and makes the directory a dataset."""
+    splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
+    for split, shard in dict.fromkeys((unit.split, unit.shard) for unit in units):
+        path = dest / split / f"{shard}.tar"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            parts = [work / f"{unit.name}.tar" for unit in units if unit.shard == shard]
+            write_tar(path, (member for part in parts for member in read_tar(part)), work)
+        index = write_index(path, work)
+        if len(index):
+            splits.setdefault(split, []).append((describe_shard(dest, path, index), index))
+        else:  # none of its pictures could be read
+            path.unlink()
+            path.with_suffix(".safetensors").unlink()
+    reports = [report for unit in units if (report := _load(work, unit))]
+    problems = [[p.subject, p.reason] for p in source.problems] + [problem for report in reports for problem in report.problems]
+    if not splits:
+        raise ConvertError(f"source: expected at least one readable picture, got none ({problems[0][0]}: {problems[0][1]}); check the files")
+    dropped: Counter[str] = Counter()
+    for report in reports:
+        dropped.update(report.dropped)
+    about = {"format": source.format, "bytes": sum(r.source_bytes for r in reports)}
+    codec = {**job.describe(), "job": _fingerprint(source, job)}
+    write_bytes(dest / REPORT, dump_json({"problems": problems, "dropped_boxes": dict(dropped)}), work)
+    write_bytes(dest / "data.yaml", data_yaml(splits, source.names), work)
+    write_bytes(dest / DATASET, dump_json(describe_dataset(splits, names=source.names, codec=codec, source=about)), work)
+
+
+def _report(dest: Path, seconds: float) -> Report:
+    """What a finished dataset says of itself."""
+    described = json.loads((dest / DATASET).read_bytes())
+    left_out = json.loads((dest / REPORT).read_bytes())
+    rows = [row for split in described["splits"].values() for row in split["shards"]]
+    indexes = [load_index((dest / row["index"]).read_bytes(), name=row["index"], shard_bytes=row["bytes"]) for row in rows]
+    files = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
+    return Report(
+        dest=dest,
+        samples={split: table["samples"] for split, table in described["splits"].items()},
+        problems=tuple(Problem(*problem) for problem in left_out["problems"]),
+        dropped_boxes=left_out["dropped_boxes"],
+        seconds=seconds,
+        psnr=mean_of([index.psnr for index in indexes]),
+        object_psnr=mean_of([index.object_psnr for index in indexes]),
+        bytes=files,
+        source_bytes=described["source"]["bytes"],
+    )
+
+
+def mean_of(columns: Sequence[NDArray[np.float32]]) -> float | None:
+    """Mean over all columns without their NaNs; None where nothing is left."""
+    values = np.concatenate([column[np.isfinite(column)] for column in columns]) if columns else np.zeros(0)
+    return float(values.mean(dtype=np.float64)) if len(values) else None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion should cost, extrapolated from a few samples: hours on this machine, bytes of bundles, mean PSNR in dB."""
+
+    samples: int
+    tried: int
+    hours: float
+    bytes: int
+    psnr: float | None
+    object_psnr: float | None
+
+
+def estimate(source: Source, job: Job | None = None, *, samples: int = 8) -> Estimate:
+    """Encode a few samples, evenly spread over the source, and extrapolate. Writes nothing.
+
+    Raises:
+        ConvertError: There is nothing to convert, or none of the samples can be read.
+    """
+    job = job or Job()
+    plan_units(source.samples, job.shard_samples)  # the same checks as a conversion
+    chosen = [source.samples[i] for i in sorted(set(np.linspace(0, len(source.samples) - 1, samples).round().astype(int).tolist()))]
+    started = time.monotonic()
+    report, _ = encode_samples(_Unit("estimate", "estimate", "train", tuple(chosen)), job, None, None)
+    if not report.samples:
+        raise ConvertError(f"source: expected readable pictures, got none of {len(chosen)} tried ({report.problems[0][1]}); check the files")
+    each = (time.monotonic() - started) / report.samples
+    psnr = [mean_of([np.array(values, np.float32)]) for values in (report.psnr, report.object_psnr)]
+    total = len(source.samples)
+    return Estimate(total, report.samples, each * total / 3600, round(report.bytes / report.samples * total), psnr[0], psnr[1])
