@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rinr_loader.bundle import Bundle, pack, parse
-    from rinr_loader.convert import Job, Report, convert
+    from rinr_loader.convert import Job, Report
     from rinr_loader.dataset import RinrDataset
-    from rinr_loader.decode import decode, decode_batch
+    from rinr_loader.decode import decode_batch
     from rinr_loader.errors import BundleError, ConfigError, ConvertError, RinrError, ShardError, StorageError
     from rinr_loader.geometry import Placements
     from rinr_loader.loader import Batch, DataLoader, Targets
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# No name of a module stands here: `from rinr_loader import decode` must not depend on what was imported before.
 _HOME = {
     "Batch": "loader",
     "Bundle": "bundle",
@@ -38,8 +39,6 @@ _HOME = {
     "Source": "source",
     "StorageError": "errors",
     "Targets": "loader",
-    "convert": "convert",
-    "decode": "decode",
     "decode_batch": "decode",
     "pack": "bundle",
     "parse": "bundle",
@@ -64,8 +63,6 @@ __all__ = [
     "Source",
     "StorageError",
     "Targets",
-    "convert",
-    "decode",
     "decode_batch",
     "pack",
     "parse",
