@@ -267,7 +267,9 @@ def _evaluate_tiles(
     flat, values = target[shown], value.transpose(1, 2)[shown]
     if weight is None:
         covered[flat] = True
-    elif spec.kind == "direct":
+        pixels[flat] = values  # not added: where rounding lets two placements claim a pixel of their seam, one of them wins
+        return
+    if spec.kind == "direct":
         pixels[flat] *= 1 - weight.unflatten(1, (-1, samples * samples)).mean(2)[shown][:, None]
     pixels.index_add_(0, flat, values)
 
