@@ -41,6 +41,8 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
         device: Where to decode when iterating.
         antialias: Filter when images get smaller than stored.
 
+    `shards` holds path and index of each shard.
+
     Raises:
         ConfigError: The path holds no dataset, or not this split.
         ShardError: An index is damaged or of another shard, or a shard is missing or has another size.
@@ -67,8 +69,8 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
             raise ConfigError(f"{self.path}: expected a split {split!r}, got only {', '.join(self.metadata['splits'])}; choose one of these")
         self.split, self.size, self.device, self.antialias = split, size, torch.device(device), antialias
         self.names: tuple[str, ...] = tuple(self.metadata["names"])
-        self._shards = [self._open(row) for row in self.metadata["splits"][split]["shards"]]
-        self.shard_samples = [len(index) for _, index in self._shards]
+        self.shards: list[tuple[Path, ShardIndex]] = [self._open(row) for row in self.metadata["splits"][split]["shards"]]
+        self.shard_samples = [len(index) for _, index in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
 
     def _open(self, row: dict[str, Any]) -> tuple[Path, ShardIndex]:
@@ -96,11 +98,11 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
     @cached_property
     def keys(self) -> list[str]:
         """Key of each sample, as the source had it."""
-        return [decode_key(key) for _, index in self._shards for key in index.keys]
+        return [decode_key(key) for _, index in self.shards for key in index.keys]
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the index that has one row a sample, such as `psnr` or `label`, over all shards."""
-        return np.concatenate([getattr(index, name) for _, index in self._shards])
+        return np.concatenate([getattr(index, name) for _, index in self.shards])
 
     @cached_property
     def labels(self) -> list[dict[str, Any]]:
@@ -110,7 +112,7 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
         xyxy in source pixels, `(n, 4)`), `classes` (int64), `crowd` (bool) and `label` (-1 for none).
         """
         rows = []
-        for _, index in self._shards:
+        for _, index in self.shards:
             sizes, stored = index.source_size.tolist(), index.stored_size.tolist()
             for i, key in enumerate(index.keys):
                 of = slice(int(index.object_start[i]), int(index.object_start[i + 1]))
@@ -132,10 +134,10 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
             StorageError: A shard cannot be read.
         """
         wanted = np.asarray(indices, np.int64)
-        if len(wanted) and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"indices: expected 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}")
         shard = np.searchsorted(self._starts, wanted, side="right") - 1
-        return read_samples(self._shards, shard, wanted - self._starts[shard])
+        return read_samples(self.shards, shard, wanted - self._starts[shard])
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         worker = get_worker_info()
