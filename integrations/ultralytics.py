@@ -284,12 +284,16 @@ def check_data(data: Any, *, splits: Iterable[str]) -> None:
         raise ConfigError(f"{text}: expected a local directory, got a URL; copy the dataset to a local disk first")
     if find_shards(text):
         raise ConfigError(f"{text}: expected a dataset, got one split of it; use data={Path(text).parent}")
-    present = sorted(_metadata(Path(text)).get("splits", {}))
+    path = Path(text)
+    if path.name == "data.yaml" and _metadata(path.parent):
+        present = {split for split in SPLITS if YAML.load(path).get(split)}
+    else:
+        present = set(_metadata(path).get("splits", SPLITS))
     for split in splits:
-        if present and split not in present:
+        if split not in present:
             raise ConfigError(
-                f"{text}: expected a split {split!r}, got {', '.join(present)}; convert again with `--val-fraction 0.1`, or pass a data.yaml of "
-                f"your own whose `{split}:` is a folder of images"
+                f"{text}: expected a split {split!r}, got {', '.join(sorted(present))}; convert again with `--val-fraction 0.1`, or pass a "
+                f"data.yaml whose `{split}:` is a folder of images"
             )
 
 
@@ -319,8 +323,10 @@ def check_split(folder: Any, data: Mapping[str, Any], *, names: Any) -> bool:
     if data.get("channels", 3) != 3:
         raise ConfigError(f"{folder}: expected channels=3, got {data['channels']}; shards decode to RGB")
     given = list(names.values()) if isinstance(names, Mapping) else list(names or [])
-    if given != list(metadata["names"]):
+    if metadata["names"] and given != metadata["names"]:
         raise ConfigError(f"{folder}: expected the classes {metadata['names']}, got {given}; use the `names:` of {shards[0] / 'data.yaml'}")
+    if shards[1] != "train" and metadata["codec"].get("val_residuals"):
+        LOGGER.warning(f"{folder}: encoded with more detail where its labels are, so metrics flatter; convert again without `--val-residuals`")
     return True
 
 

@@ -19,12 +19,13 @@ from rinr_loader.decode import decode
 from rinr_loader.geometry import Letterbox, Placements, fit_long_side, letterbox_gain
 from rinr_loader.integrations.ultralytics_loader import Batch, BatchPlan
 from rinr_loader.mosaic import RandomAffine, mosaic_affine
+from rinr_loader.plan import epoch_order
 from rinr_loader.reader import ShardBuffer
-from rinr_loader.rng import Draws, uniform
+from rinr_loader.rng import Draws
 
 # A mosaic's partners are among this many positions before it, as Ultralytics takes them from the images it read last.
 PARTNER_WINDOW = 1024
-ORDER_STREAM = -1  # of random numbers; augmentation counts up from 0
+SHUFFLE_SHARDS = 8  # shards whose samples are shuffled together, as `rinr_loader.DataLoader` does
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class ShardDetectionDataset:
         self._row = np.arange(len(labels))  # of each sample in the split
         if rect:
             self._row, self.batch_shapes = rectangles(sizes, batch_size=batch_size, long_side=self._long_side, stride=stride, pad=pad)
+        self._sample_of_row = np.full(len(source), -1)
+        self._sample_of_row[self._row] = np.arange(len(self._row))
         labels = [labels[i] for i in self._row]
         self._size = torch.from_numpy(sizes[self._row])
         self.im_files = [str(Path(source.path, source.split, f"{label['key']}.rinr")) for label in labels]
@@ -171,7 +174,9 @@ class ShardDetectionDataset:
         if not self.shuffle:
             return torch.arange(len(self))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, uniform(self.seed, epoch, torch.arange(len(self)), 1, stream=ORDER_STREAM)[:, 0].argsort(stable=True))
+            rows = epoch_order(self.source.shard_samples, seed=self.seed, epoch=epoch, shuffle=True, shuffle_shards=SHUFFLE_SHARDS)
+            samples = self._sample_of_row[rows]
+            self._order = (epoch, torch.from_numpy(samples[samples >= 0]))
         return self._order[1]
 
     def read(self, plan: BatchPlan) -> Prepared:

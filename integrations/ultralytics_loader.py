@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+from rinr_loader.pipeline import ahead
 
 Batch = dict[str, Any]
 
@@ -170,16 +170,12 @@ class ShardLoader:
     def _batches(self) -> Generator[Batch, None, None]:
         whole, size = self.sampler.plan(), self.batch_size
         plans = [BatchPlan(whole.epoch, whole.positions[i : i + size], whole.samples[i : i + size]) for i in range(0, len(self) * size, size)]
-        if not self.read_ahead:
+        fetched: Any = ahead((partial(self._read, plan) for plan in plans), threads=int(self.read_ahead), depth=1)
+        try:
             for plan in plans:
-                yield self._build(plan, self._read(plan))
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="rinr-read-ahead") as pool:
-            ahead = deque(pool.submit(self._read, plan) for plan in plans[:1])
-            for plan, following in zip_longest(plans, plans[1:]):
-                if following is not None:
-                    ahead.append(pool.submit(self._read, following))
-                yield self._build(plan, ahead.popleft().result())  # no name for either: while the trainer works, neither is kept alive here
+                yield self._build(plan, next(fetched))  # neither has a name here, or it would stay in memory while the trainer works
+        finally:
+            fetched.close()
 
     # Neither thread may be in the validator's inference mode: what is kept of its tensors could not be written in place by the training
     # that follows.

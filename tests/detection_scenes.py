@@ -7,10 +7,7 @@ of its last layer, so it adds one colour to its rectangle and the label is exact
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +19,8 @@ from PIL import Image
 from rinr_loader.bundle import Bundle, Network, NetworkSpec, pack
 from rinr_loader.codecs import siren
 from rinr_loader.decode import decode_batch
-from rinr_loader.index import dump_index, encode_key, index_shard
+from rinr_loader.index import encode_key
+from rinr_loader.writer import data_yaml, describe_dataset, describe_shard, dump_json, write_index, write_tar
 
 NAMES = ("red", "green")
 BACKGROUND = NetworkSpec("background", depth=2, width=8, dtype="int8", w0=4.0)
@@ -60,29 +58,19 @@ def draw(key: str, *, size: tuple[int, int] = (64, 64), objects: int = 2, seed: 
     return Scene(key, pack(bundle), boxes, classes)
 
 
-def write_split(root: Path, split: str, scenes: Sequence[Scene], *, shard_samples: int = 4) -> Path:
-    """Write one split of a dataset of shards, and what dataset.json and data.yaml say of it; return `root`."""
-    about = json.loads((root / "dataset.json").read_text()) if (root / "dataset.json").exists() else {"splits": {}}
-    (root / split).mkdir(parents=True, exist_ok=True)
-    shards = []
-    for number, first in enumerate(range(0, len(scenes), shard_samples)):
-        part = scenes[first : first + shard_samples]
-        path = root / split / f"{split}-{number:06d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for scene in part:
-                member = tarfile.TarInfo(f"{encode_key(scene.key)}.rinr")
-                member.size = len(scene.bundle)
-                tar.addfile(member, io.BytesIO(scene.bundle))
-        index = dump_index(index_shard(path), shard_bytes=path.stat().st_size)
-        path.with_suffix(".safetensors").write_bytes(index)
-        entry: dict[str, object] = {"path": f"{split}/{path.name}", "samples": len(part), "bytes": path.stat().st_size}
-        entry |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "index": f"{split}/{path.stem}.safetensors"}
-        shards.append(entry | {"index_bytes": len(index), "index_sha256": hashlib.sha256(index).hexdigest()})
-    objects = sum(len(scene.boxes) for scene in scenes)
-    about["splits"][split] = {"samples": len(scenes), "objects": objects, "shards": shards}
-    head = {"format": "rinr", "version": 1, "task": "detect", "names": list(NAMES), "source": {}, "codec": {}, "groups": {}, "shared": []}
-    (root / "dataset.json").write_text(json.dumps(head | {"splits": about["splits"]}))
-    write_yaml(root / "data.yaml", **{name: name for name in about["splits"]})
+def write_shards(root: Path, *, shard_samples: int = 4, codec: Mapping[str, object] | None = None, **splits: Sequence[Scene]) -> Path:
+    """Write a dataset of shards with these splits; return `root`."""
+    described = {}
+    for split, scenes in splits.items():
+        (root / split).mkdir(parents=True)
+        described[split] = []
+        for number, first in enumerate(range(0, len(scenes), shard_samples)):
+            path = root / split / f"{split}-{number:06d}.tar"
+            write_tar(path, [(f"{encode_key(scene.key)}.rinr", scene.bundle) for scene in scenes[first : first + shard_samples]])
+            index = write_index(path)
+            described[split].append((describe_shard(root, path, index), index))
+    (root / "dataset.json").write_bytes(dump_json(describe_dataset(described, names=NAMES, codec=codec or {}, source={})))
+    (root / "data.yaml").write_bytes(data_yaml(splits, NAMES))
     return root
 
 

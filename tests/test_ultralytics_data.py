@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, needs, psnr
-from detection_scenes import Scene, draw, write_images, write_split
+from detection_scenes import Scene, draw, write_images, write_shards
 from torch import Tensor
 
 needs("ultralytics")
@@ -30,6 +30,7 @@ from rinr_loader.bundle import pack, parse
 from rinr_loader.integrations.ultralytics import build_shard_dataset
 from rinr_loader.integrations.ultralytics_data import ShardDetectionDataset
 from rinr_loader.integrations.ultralytics_loader import BatchPlan, ShardLoader, Share
+from rinr_loader.plan import epoch_order
 from rinr_loader.rng import Draws
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ultralytics and Matplotlib warn of their own affairs
@@ -46,9 +47,7 @@ def scenes() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def shards(scenes: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shards")
-    write_split(root, "train", scenes)
-    return write_split(root, "val", scenes)
+    return write_shards(tmp_path_factory.mktemp("shards"), train=scenes, val=scenes)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_a_label_that_appears_twice_and_a_crowd_are_no_targets(tmp_path: Path) -
     scene, crowded = draw("a"), draw("b", crowd=1)
     bundle = parse(scene.bundle)
     twice = replace(bundle, boxes=bundle.boxes[[0, 1, 0]], classes=bundle.classes[[0, 1, 0]], crowd=np.zeros(3, np.bool_))
-    dataset = ours(write_split(tmp_path, "train", [replace(scene, bundle=pack(twice)), crowded]), train=True)
+    dataset = ours(write_shards(tmp_path, train=[replace(scene, bundle=pack(twice)), crowded]), train=True)
     assert [len(label["cls"]) for label in dataset.labels] == [2, 1]
 
 
@@ -300,7 +299,7 @@ def test_tensors_made_while_validating_can_be_written_while_training(shards: Pat
 @pytest.mark.parametrize(("samples", "batch_size"), [(11, 4), (8, 4), (3, 4), (1, 1), (5, 2)])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_lengths_are_those_of_ultralytics_loader(scenes: list[Scene], tmp_path: Path, samples: int, batch_size: int, drop_last: bool) -> None:
-    dataset = ours(write_split(tmp_path, "train", scenes[:samples]), train=True)
+    dataset = ours(write_shards(tmp_path, train=scenes[:samples]), train=True)
     loader = ShardLoader(dataset, batch_size=batch_size, drop_last=drop_last)
     expected = build_dataloader(list(range(samples)), batch_size, workers=0, drop_last=drop_last, device="cpu")
     assert len(loader) == len(expected) == len(list(loader))
@@ -379,3 +378,4 @@ def test_every_epoch_has_an_order_of_its_own(shards: Path) -> None:
     assert len(orders) == 4
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(11))}
     assert dataset.order(1).tolist() == ours(shards, train=True).order(1).tolist()
+    assert dataset.order(1).tolist() == epoch_order([4, 4, 3], seed=3, epoch=1, shuffle=True, shuffle_shards=8).tolist()

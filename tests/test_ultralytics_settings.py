@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import needs
-from detection_scenes import draw, write_images, write_model, write_split, write_yaml
+from detection_scenes import draw, write_images, write_model, write_shards, write_yaml
 
 needs("ultralytics")
 
@@ -51,9 +51,7 @@ HONOURED_TESTS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("shards")
-    write_split(root, "train", [draw(f"{k}") for k in range(4)])
-    return write_split(root, "val", [draw(f"{k}") for k in range(2)])
+    return write_shards(tmp_path_factory.mktemp("shards"), train=[draw(f"{k}") for k in range(4)], val=[draw(f"{k}") for k in range(2)])
 
 
 def settings(**changes: Any) -> Any:
@@ -193,9 +191,11 @@ def test_the_folder_of_one_split_is_refused_with_what_to_write(shards: Path, tmp
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:
-    only = write_split(tmp_path / "only", "train", [draw("a")])
-    both(only, tmp_path, match=r"expected a split 'val', got train; convert again with `--val-fraction")
-    both(write_split(tmp_path / "only", "val", [draw("b")]), tmp_path, split="test", match=r"expected a split 'test', got train, val")
+    only = write_shards(tmp_path / "only", train=[draw("a")])
+    for data in (only, only / "data.yaml"):
+        both(data, tmp_path, match=r"expected a split 'val', got train; convert again with `--val-fraction")
+    two = write_shards(tmp_path / "two", train=[draw("a")], val=[draw("b")])
+    both(two, tmp_path, split="test", match=r"expected a split 'test', got train, val")
 
 
 def test_classes_in_another_order_are_refused(shards: Path, tmp_path: Path) -> None:
@@ -216,11 +216,26 @@ def test_several_folders_of_shards_are_refused(shards: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("change", "match"), [({"task": "classify"}, "got task=classify"), ({"task": "none"}, "got task=none")])
 def test_shards_without_boxes_are_refused(tmp_path: Path, change: dict[str, str], match: str) -> None:
-    root = write_split(tmp_path / "shards", "train", [draw("a")])
-    write_split(root, "val", [draw("b")])
+    root = write_shards(tmp_path / "shards", train=[draw("a")], val=[draw("b")])
     about = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps(about | change))
     both(root, tmp_path, match=match)
+
+
+@pytest.mark.parametrize(("codec", "warned"), [({"val_residuals": True}, True), ({"val_residuals": False}, False), ({}, False)])
+def test_a_split_whose_pixels_know_its_labels_is_warned_of(
+    tmp_path: Path, codec: dict[str, bool], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_shards(tmp_path / "shards", codec=codec, train=[draw("a")], val=[draw("b")])
+    tiny(tmp_path).val(data=str(root), project=str(tmp_path), device="cpu", imgsz=64, plots=False)
+    assert ("metrics flatter; convert again without `--val-residuals`" in caplog.text) == warned
+
+
+def test_a_dataset_without_class_names_takes_those_of_the_yaml(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "shards", train=[draw("a")], val=[draw("b")])
+    about = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(about | {"names": []}))
+    tiny(tmp_path).val(data=str(root), project=str(tmp_path), device="cpu", imgsz=64, plots=False)
 
 
 def test_other_channels_are_refused(shards: Path, tmp_path: Path) -> None:

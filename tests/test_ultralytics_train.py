@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs
-from detection_scenes import Scene, draw, write_images, write_model, write_split, write_yaml
+from detection_scenes import Scene, draw, write_images, write_model, write_shards, write_yaml
 
 needs("ultralytics")
 
@@ -62,9 +62,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     }
     for split, some in scenes.items():
         some.sort(key=lambda scene: scene.key)
-        write_split(root / "shards", split, some)
         write_images(root / "plain", split, some)
-    return Data(root, root / "shards", write_yaml(root / "plain" / "data.yaml", train="images/train", val="images/val"))
+    return Data(root, write_shards(root / "shards", **scenes), write_yaml(root / "plain" / "data.yaml", train="images/train", val="images/val"))
 
 
 @dataclass
@@ -337,8 +336,7 @@ def test_class_weights_come_from_the_labels_of_the_shards(data: Data, tmp_path: 
 
 
 def test_max_det_follows_the_labels(data: Data, tmp_path: Path) -> None:
-    crowded = write_split(tmp_path / "crowded", "train", [draw("many", objects=320), *(draw(f"{k}") for k in range(3))])
-    write_split(crowded, "val", [draw("v")])
+    crowded = write_shards(tmp_path / "crowded", train=[draw("many", objects=320), *(draw(f"{k}") for k in range(3))], val=[draw("v")])
     model = YOLO(write_model(tmp_path / "tiny.yaml"))
     model.train(data=str(crowded), project=str(tmp_path), epochs=1, **{**SHORT, "batch": 4})
     assert model.trainer.args.max_det == 320
