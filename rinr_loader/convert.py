@@ -252,7 +252,7 @@ def _clean(dest: Path) -> None:
     """Remove the working folder. Renamed first: half of one would look like an unfinished conversion."""
     done = dest / f"{WORK}-done"
     if (dest / WORK).exists():
-        os.replace(dest / WORK, done)
+        (dest / WORK).replace(done)
     shutil.rmtree(done, ignore_errors=True)
 
 
@@ -305,7 +305,8 @@ class _Run:
             for future in as_completed(futures):
                 self._count(futures[future], future.result(), len(futures[future].samples))
         except BrokenProcessPool:
-            raise ConvertError("workers: expected to finish, got one that was killed (out of memory?); run the same command with fewer --workers") from None
+            message = "workers: expected to finish, got one that was killed (out of memory?); run the same command with fewer --workers"
+            raise ConvertError(message) from None
         except BaseException:
             for child in set(active_children()) - before:  # a unit takes minutes; what it has not finished is lost anyway
                 child.terminate()
@@ -332,9 +333,7 @@ class _Run:
             self.on_progress(Progress(self.done, sum(len(u.samples) for u in self.units), self.resumed, self.bytes, mean))
 
 
-def encode_and_store(
-    unit: _Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None
-) -> _UnitReport:
+def encode_and_store(unit: _Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None) -> _UnitReport:
     """Encode one unit and store its members and its report in the working folder, the members last."""
     report, members = encode_samples(unit, job, threads, on_background)
     write_bytes(work / f"{unit.name}.json", dump_json(dataclasses.asdict(report)))

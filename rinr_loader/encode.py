@@ -70,7 +70,8 @@ class Picture:
     def stored_boxes(self) -> NDArray[np.float64]:
         """The label boxes in stored pixels."""
         height, width = self.pixels.shape[:2]
-        return self.boxes.astype(np.float64) * np.tile([width / self.source_size[1], height / self.source_size[0]], 2)
+        x, y = width / self.source_size[1], height / self.source_size[0]
+        return self.boxes.astype(np.float64) * np.array([x, y, x, y])
 
     @property
     def object_mask(self) -> NDArray[np.bool_]:
@@ -288,7 +289,8 @@ def _fit_residuals(work: _Unit, pictures: Sequence[Picture], networks: list[list
             for spec in sorted({spec for _, spec, _ in wanted}):
                 mine = [(r, task) for r, s, task in wanted if s == spec]
                 tasks = [partial(_given, task) for _, task in mine]
-                for (r, task), fitted in zip(mine, work.fit(tasks, spec, settings.residual_schedule(spec), f"residual {level} {attempt}"), strict=True):
+                fits = work.fit(tasks, spec, settings.residual_schedule(spec), f"residual {level} {attempt}")
+                for (r, task), fitted in zip(mine, fits, strict=True):
                     if fitted.psnr > best.get(r, task.psnr_without):  # a residual that makes its object worse is left out
                         best[r] = fitted.psnr
                         done[r] = Network(spec, r.rect, task.scale, fitted.weights, FEATHER, r.object)
@@ -301,9 +303,7 @@ def _fit_residuals(work: _Unit, pictures: Sequence[Picture], networks: list[list
             networks[r.picture].append(done[r])
 
 
-def _residual_task(
-    picture: Picture, residual: _Residual, before: Sequence[Network], settings: Settings, device: torch.device
-) -> Task | None:
+def _residual_task(picture: Picture, residual: _Residual, before: Sequence[Network], settings: Settings, device: torch.device) -> Task | None:
     """What a residual's network should give; None where the object is good enough already."""
     x0, y0, x1, y1 = residual.rect
     points = _points(residual.rect, device)

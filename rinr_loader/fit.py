@@ -173,9 +173,7 @@ def fit(
     return [results[i] for i in range(len(tasks))]
 
 
-def _start(
-    stack: _Stack, slot: int, number: int, task: Task, spec: NetworkSpec, schedule: Schedule, generator: torch.Generator
-) -> None:
+def _start(stack: _Stack, slot: int, number: int, task: Task, spec: NetworkSpec, schedule: Schedule, generator: torch.Generator) -> None:
     stack.start(slot, number, task, _table(task, schedule, generator), siren.initialise(spec, generator, 1)[0])
 
 

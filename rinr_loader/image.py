@@ -65,7 +65,7 @@ def read_image(image: Path | bytes | ByteRange) -> SourceImage:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            pixels = _rgb(ImageOps.exif_transpose(opened) or opened)
+            pixels = _rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ConvertError("not a picture that Pillow can identify") from None
     except Image.DecompressionBombError as error:

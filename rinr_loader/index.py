@@ -142,7 +142,7 @@ def shard_members(path: Path) -> list[tuple[str, int, int]]:
     end, seen = path.stat().st_size, set()
     for key, offset, size in members:
         if offset + size > end:
-            raise ShardError(f"{path.name}:{key}{SUFFIX}: expected {size} bytes, got {end - offset}; the shard is truncated, fetch or convert it again")
+            raise ShardError(f"{path.name}:{key}{SUFFIX}: expected {size} bytes, got {end - offset}; the shard is cut off, fetch or convert it again")
         if key in seen:
             raise ShardError(f"{path.name}: expected each key once, got {key!r} twice; convert it again")
         seen.add(key)

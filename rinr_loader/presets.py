@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rinr_loader.bundle import NetworkSpec
+from rinr_loader.bundle import Dtype, NetworkSpec
 from rinr_loader.fit import Schedule
 
 Mode = Literal["qre", "re", "de", "be", "bs"]
@@ -74,7 +74,7 @@ class Settings:
 
     def ladder(self) -> tuple[NetworkSpec, ...]:
         """Shapes a background can have, from small to large."""
-        dtype = "int8" if self.mode == "qre" else "float16"
+        dtype: Dtype = "int8" if self.mode == "qre" else "float16"
         widen = SINGLE_WIDTH if self.mode == "bs" else 1
         shapes = PRESETS[self.preset].backgrounds
         return tuple(NetworkSpec("background", depth, round(width * widen), dtype) for depth, width in shapes)

@@ -38,7 +38,7 @@ def atomic(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"{path}: no space left; free some and run the same command again, what is finished is kept") from None
