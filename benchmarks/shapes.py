@@ -41,7 +41,8 @@ def residual(job: tuple[Picture, Network, NetworkSpec, Schedule]) -> tuple[float
     frame, under, spec, schedule = job
     placed = encode.place_residuals(frame, Settings(preset="paper"), torch.Generator().manual_seed(0))[0]
     task = encode._residual_task(frame, replace(placed, spec=spec), [under], Settings(), CPU)
-    assert task is not None
+    if task is None:
+        raise RuntimeError("without a target there is always something to fit")
     schedule = replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3))
     return task.psnr_without, fit([partial(encode._given, task)], spec, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0].psnr
 

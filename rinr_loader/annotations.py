@@ -42,7 +42,7 @@ def annotate(sample: Sample, width: int, height: int) -> Annotations:
     boxes = np.asarray(sample.boxes, np.float64).reshape(-1, 4)
     if sample.relative:
         boxes = boxes * (width, height, width, height)
-    finite: NDArray[np.bool_] = np.isfinite(boxes).all(axis=1)
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(boxes).all(axis=1))
     clipped = np.clip(np.where(finite[:, None], boxes, 0), 0, (width, height, width, height)).astype(np.float32)
     flat = finite & ((boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1]))
     good = finite & ~flat & (clipped[:, :2] < clipped[:, 2:]).all(1)

@@ -71,7 +71,8 @@ class Picture:
         """The label boxes in stored pixels."""
         height, width = self.pixels.shape[:2]
         x, y = width / self.source_size[1], height / self.source_size[0]
-        return self.boxes.astype(np.float64) * np.array([x, y, x, y])
+        scaled: NDArray[np.float64] = self.boxes.astype(np.float64) * np.array([x, y, x, y])
+        return scaled
 
     @property
     def object_mask(self) -> NDArray[np.bool_]:
