@@ -38,8 +38,8 @@ class Scene:
     classes: NDArray[np.int64]
 
 
-def draw(key: str, *, size: tuple[int, int] = (64, 64), objects: int = 2, seed: int = 0, crowd: int = 0) -> Scene:
-    """Draw a scene; the last `crowd` objects are marked as crowds."""
+def draw(key: str, *, size: tuple[int, int] = (64, 64), objects: int = 2, seed: int = 0, crowd: int = 0, shrink: int = 1) -> Scene:
+    """Draw a scene; the last `crowd` objects are marked as crowds, and the picture is stored at 1 / `shrink` of its size."""
     rng = np.random.default_rng([seed, *hashlib.sha256(key.encode()).digest()[:8]])
     height, width = size
     extent = np.stack([rng.integers(min(12, side), max(13, side // 2), objects) for side in (width, height)], 1)
@@ -48,13 +48,15 @@ def draw(key: str, *, size: tuple[int, int] = (64, 64), objects: int = 2, seed: 
     classes = rng.integers(0, len(NAMES), objects)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     flat = siren.initialise(BACKGROUND, generator, 1) * 0.7
-    networks = [Network(BACKGROUND, (0, 0, width, height), 0.5, siren.to_bytes(flat, BACKGROUND, siren.row_scales(flat, BACKGROUND))[0])]
-    for k, (box, class_id) in enumerate(zip(boxes.astype(int).tolist(), classes, strict=True)):
+    networks = [
+        Network(BACKGROUND, (0, 0, width // shrink, height // shrink), 0.5, siren.to_bytes(flat, BACKGROUND, siren.row_scales(flat, BACKGROUND))[0])
+    ]
+    for k, (box, class_id) in enumerate(zip((boxes.astype(int) // shrink).tolist(), classes, strict=True)):
         flat = torch.zeros(1, RESIDUAL.rows + RESIDUAL.weights)
         siren.layers(flat, RESIDUAL)[-1][1][0, :, 0] = torch.tensor(COLOURS[class_id])
         networks.append(Network(RESIDUAL, tuple(box), 1.0, siren.to_bytes(flat, RESIDUAL, None)[0], object=k))
     flags = np.arange(objects) >= objects - crowd
-    bundle = Bundle(size, size, tuple(networks), boxes, classes, flags)
+    bundle = Bundle((height // shrink, width // shrink), size, tuple(networks), boxes, classes, flags)
     return Scene(key, pack(bundle), boxes, classes)
 
 

@@ -109,6 +109,19 @@ def test_validation_batches_are_those_of_the_same_pictures_as_files(shards: Path
             assert psnr(a["img"], b["img"]) > 25
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_pictures_stored_smaller_than_their_source_keep_its_labels(tmp_path: Path, train: bool) -> None:
+    whole, shrunk = (
+        batches(ours(write_shards(tmp_path / str(shrink), train=scenes, val=scenes), train=train))[0]
+        for shrink, scenes in ((k, [draw(f"{i}", size=SIZES[i], shrink=k) for i in range(4)]) for k in (1, 2))
+    )
+    for key in ("ori_shape", "resized_shape", "ratio_pad"):
+        assert whole[key] == shrunk[key]
+    for key in ("cls", "bboxes", "batch_idx"):
+        assert_close(whole[key], shrunk[key], "exact")
+    assert psnr(whole["img"], shrunk["img"]) > 20
+
+
 def test_a_label_that_appears_twice_and_a_crowd_are_no_targets(tmp_path: Path) -> None:
     scene, crowded = draw("a"), draw("b", crowd=1)
     bundle = parse(scene.bundle)

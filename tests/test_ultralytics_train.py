@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs
+from conftest import needs, psnr
 from detection_scenes import Scene, draw, write_images, write_model, write_shards, write_yaml
 
 needs("ultralytics")
@@ -22,6 +22,9 @@ import ultralytics
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 
+from rinr_loader import Job, Settings
+from rinr_loader.convert import convert
+from rinr_loader.converters import open_source
 from rinr_loader.integrations.ultralytics import YOLO, ShardDetectionTrainer, ShardDetectionValidator
 from rinr_loader.integrations.ultralytics_data import ShardDetectionDataset
 from rinr_loader.integrations.ultralytics_loader import ShardLoader
@@ -82,7 +85,7 @@ def train(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return lambda **settings: _train(data, tmp_path, monkeypatch, **settings)
 
 
-def _train(data: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: Any = None, on: dict[str, Any] | None = None, **settings: Any) -> Run:
+def _train(pictures: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: Any = None, on: dict[str, Any] | None = None, **settings: Any) -> Run:
     model = YOLO(model or write_model(folder / "tiny.yaml"))
     run = Run(model, [], [], [])
     for event in EVENTS:
@@ -99,7 +102,7 @@ def _train(data: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: 
 
     monkeypatch.setattr(ShardDetectionDataset, "build", spy)
     try:
-        model.train(**{"data": str(data.shards), "project": str(folder), "name": "run", **SHORT, **settings})
+        model.train(**{"data": str(pictures.shards), "project": str(folder), "name": "run", **SHORT, **settings})
     finally:
         monkeypatch.setattr(ShardDetectionDataset, "build", build)
     run.metrics = {key: float(value) for key, value in model.metrics.results_dict.items()}
@@ -402,3 +405,23 @@ def test_a_gpu_trains_and_validates_like_a_cpu(trained: Run, data: Data, tmp_pat
     assert devices == {"cuda"}
     on_gpu = val(YOLO(trained.model.trainer.best), data=str(data.shards), device=0, batch=16, project=str(tmp_path))
     assert on_gpu == pytest.approx(trained.metrics, abs=0.02)
+
+
+# --- from a folder of images to a trained model ---
+
+
+@pytest.mark.slow
+def test_a_converted_dataset_trains_with_the_labels_of_its_source(write_yolo: Callable[..., Path], tmp_path: Path, train: Callable[..., Run]) -> None:
+    source = write_yolo(tmp_path / "source", train=5, val=3)
+    report = convert(open_source(source), tmp_path / "shards", Job(Settings(preset="fast")))
+    run = train(data=str(report.dest), epochs=1, batch=4)
+    plain = ultralytics.YOLO(write_model(tmp_path / "tiny.yaml"))
+    plain.train(data=str(source), epochs=1, project=str(tmp_path), **{**SHORT, "batch": 4})
+    for name in ("train_loader", "test_loader"):
+        mine, theirs = (getattr(model.trainer, name).dataset for model in (run.model, plain))
+        assert [Path(file).stem for file in mine.im_files] == [Path(file).stem for file in theirs.im_files]
+        for a, b in zip(mine.labels, theirs.labels, strict=True):
+            np.testing.assert_array_equal(a["cls"], b["cls"])
+            np.testing.assert_allclose(a["bboxes"], b["bboxes"], atol=1e-5)
+    mine_val, their_val = (next(iter(model.trainer.test_loader)) for model in (run.model, plain))
+    assert psnr(mine_val["img"], their_val["img"]) > 20
