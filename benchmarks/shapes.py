@@ -20,7 +20,7 @@ from rinr_loader import encode
 from rinr_loader.bundle import Network, NetworkSpec
 from rinr_loader.encode import JPEG_QUALITY, Picture
 from rinr_loader.fit import Schedule, fit
-from rinr_loader.presets import Settings
+from rinr_loader.presets import LR_LIMIT, Settings
 from rinr_loader.quality import jpeg_bytes
 
 CPU = torch.device("cpu")
@@ -55,12 +55,12 @@ def main() -> None:
     frames = [picture(sample) for sample in dac_frames("train", arguments.frames)]
     sizes = [jpeg_bytes(frame.pixels, JPEG_QUALITY) for frame in frames]
     areas = [float(np.prod(frame.boxes[0, 2:] - frame.boxes[0, :2])) for frame in frames]
-    result: dict[str, object] = {"frames": len(frames), "jpeg30_bytes": sizes, "box_area": areas, "backgrounds": [], "residuals": []}
+    result: dict[str, object] = {"frames": len(frames), "jpeg_bytes": sizes, "box_area": areas, "backgrounds": [], "residuals": []}
     with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         under: list[Network] = []
         for depth, width in BACKGROUNDS:
             spec = NetworkSpec("background", depth, width, "int8")
-            schedule = Schedule(arguments.steps, min(2e-3, 1e-2 / depth), 2048)
+            schedule = Schedule(arguments.steps, min(2e-3, LR_LIMIT / (depth * width)), 2048)
             found = list(pool.map(background, [(frame, spec, schedule) for frame in frames]))
             if (depth, width) == (5, 48):
                 under = [network for _, network in found]
@@ -69,7 +69,7 @@ def main() -> None:
             result["backgrounds"].append(row)  # type: ignore[attr-defined]
         for depth, width in RESIDUALS:
             spec = NetworkSpec("residual", depth, width, "float16")
-            schedule = Schedule(min(arguments.steps, 1500), min(3e-3, 1e-2 / depth), 512)
+            schedule = Schedule(min(arguments.steps, 1500), min(3e-3, LR_LIMIT / (depth * width)), 512)
             pairs = list(pool.map(residual, [(frame, network, spec, schedule) for frame, network in zip(frames, under, strict=True)]))
             row = {"shape": f"{depth}x{width}", "bytes": spec.nbytes, "psnr": [round(psnr, 2) for _, psnr in pairs]}
             print(row, "without:", [round(without, 2) for without, _ in pairs], flush=True)

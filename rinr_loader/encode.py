@@ -33,11 +33,11 @@ SLOTS_CUDA = 64
 FEATHER = 4  # stored pixels
 MARGIN = 5  # stored pixels at least between a label box and its residual's edge: above FEATHER, so that the box has full weight
 JITTER = 3  # stored pixels at most by which each edge moves further out
-# Bytes of a quality-30 JPEG that each step of the ladder stands for at REFERENCE_PSNR; a picture takes the first step that is not below its own.
-JPEG_QUALITY = 30
-REFERENCE_PSNR = 27.0
-JPEG_PER_BYTE = 1.6
-DB_PER_DOUBLING = 3.0  # of the network's bytes, measured on DAC-SDC frames
+DEFAULT_PSNR = 27.0  # dB of a background that no target was given for
+# A background's PSNR from bytes a pixel, its own as int8 and the picture's as a JPEG: fitted to 8 frames of DAC-SDC, within 0.7 dB
+# (benchmarks/shapes.py). A JPEG's size says how much detail there is, and detail costs a sine network far more than it costs a JPEG.
+JPEG_QUALITY, JPEG_TABLES = 10, 400  # bytes of a JPEG that do not depend on the picture
+PSNR_AT, PSNR_PER_DOUBLING, PSNR_PER_JPEG_DOUBLING = -4.0, 1.5, -7.4
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -199,7 +199,7 @@ def _fit_backgrounds(work: _Unit, pictures: Sequence[Picture]) -> list[Network]:
             mine = [i for i in again if rungs[i] == rung]
             tasks = [partial(_background_task, pictures[i], settings, work.device) for i in mine]
             on_done = work.on_background if attempt == 0 else None
-            for i, result in zip(mine, work.fit(tasks, spec, settings.background_schedule(), f"background {attempt}", on_done), strict=True):
+            for i, result in zip(mine, work.fit(tasks, spec, settings.background_schedule(spec), f"background {attempt}", on_done), strict=True):
                 if i not in fitted or result.psnr > fitted[i][1].psnr:
                     fitted[i] = (spec, result)
     return [
@@ -213,12 +213,15 @@ def _missed(fitted: Fitted, target: float | None) -> bool:
 
 
 def predict_rung(picture: Picture, settings: Settings) -> int:
-    """The step of the ladder that a picture should need, from its size as a JPEG."""
+    """The first step of the ladder that should reach the target, from the picture's size as a JPEG; the last one where none should."""
+    area = picture.pixels.shape[0] * picture.pixels.shape[1]
+    detail = max(jpeg_bytes(picture.pixels, JPEG_QUALITY) - JPEG_TABLES, 64) / area
+    target = DEFAULT_PSNR if settings.target_psnr is None else settings.target_psnr
     ladder = settings.ladder()
-    target = REFERENCE_PSNR if settings.target_psnr is None else settings.target_psnr
-    need = jpeg_bytes(picture.pixels, JPEG_QUALITY) / JPEG_PER_BYTE * 2 ** ((target - REFERENCE_PSNR) / DB_PER_DOUBLING)
-    # Float weights carry no more than int8 ones do: the shape counts, not the bytes.
-    rung = next((i for i, spec in enumerate(ladder) if replace(spec, dtype="int8").nbytes >= need), len(ladder) - 1)
+    # The shape counts, not how its weights are stored: as many float16 weights carry hardly more than int8 ones.
+    sizes = [replace(spec, dtype="int8").nbytes / area for spec in ladder]
+    expected = [PSNR_AT + PSNR_PER_DOUBLING * math.log2(size) + PSNR_PER_JPEG_DOUBLING * math.log2(detail) for size in sizes]
+    rung = next((i for i, value in enumerate(expected) if value >= target), len(ladder) - 1)
     return min(rung + 1, len(ladder) - 1) if picture.blind and settings.has_residuals else rung
 
 

@@ -11,6 +11,7 @@ from rinr_loader.fit import Schedule
 Mode = Literal["qre", "re", "de", "be", "bs"]
 PresetName = Literal["paper", "fast", "balanced", "best"]
 
+LR_LIMIT = 0.32
 SINGLE_WIDTH = 35 / 28  # `bs` spends a residual's bytes on a wider background: 10x35 for 10x28
 
 
@@ -92,15 +93,15 @@ class Settings:
         _, depth, width = PRESETS[self.preset].residuals[step]
         return NetworkSpec("direct" if self.mode == "de" else "residual", depth, width, "float16")
 
-    def background_schedule(self) -> Schedule:
-        return _for_depth(PRESETS[self.preset].background, PRESETS[self.preset].backgrounds[0][0])
+    def background_schedule(self, spec: NetworkSpec) -> Schedule:
+        return _for_shape(PRESETS[self.preset].background, spec)
 
     def residual_schedule(self, spec: NetworkSpec) -> Schedule:
         schedule = PRESETS[self.preset].residual
         # Deep residuals are those of large boxes: more pixels a step, or they idle through a short fit.
-        return _for_depth(replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3)), spec.depth)
+        return _for_shape(replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3)), spec)
 
 
-def _for_depth(schedule: Schedule, depth: int) -> Schedule:
-    """Deep networks take smaller steps: above about 1e-2 / depth they fall apart."""
-    return replace(schedule, lr=min(schedule.lr, 1e-2 / depth))
+def _for_shape(schedule: Schedule, spec: NetworkSpec) -> Schedule:
+    """Deep and wide networks take smaller steps: above about LR_LIMIT / (depth * width) they fall apart again and again."""
+    return replace(schedule, lr=min(schedule.lr, LR_LIMIT / (spec.depth * spec.width)))
