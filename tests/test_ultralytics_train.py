@@ -85,7 +85,9 @@ def train(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return lambda **settings: _train(data, tmp_path, monkeypatch, **settings)
 
 
-def _train(pictures: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: Any = None, on: dict[str, Any] | None = None, **settings: Any) -> Run:
+def _train(
+    pictures: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: Any = None, on: dict[str, Any] | None = None, **settings: Any
+) -> Run:
     model = YOLO(model or write_model(folder / "tiny.yaml"))
     run = Run(model, [], [], [])
     for event in EVENTS:
