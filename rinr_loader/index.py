@@ -98,9 +98,10 @@ class ShardIndex:
 def encode_key(key: str) -> str:
     """The key as a tar member can carry it: dots, whitespace and what is not printable ASCII are percent-encoded.
 
-    WebDataset and DALI split a member's name at its first dot.
+    WebDataset and DALI split a member's name at its first dot, and WebDataset leaves out what is below a folder `__NAME__`.
     """
-    return quote(key, safe="/!$&'()*+,;=@~[]^").replace(".", "%2E")
+    encoded = quote(key, safe="/!$&'()*+,;=@~[]^").replace(".", "%2E")
+    return f"%5F{encoded[1:]}" if encoded.startswith("__") else encoded
 
 
 def decode_key(key: str) -> str:

@@ -107,16 +107,21 @@ def read_samples(shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.in
     return _collect(parts, bases, data)
 
 
-def buffer_of(bundles: Sequence[bytes]) -> ShardBuffer:
+def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None) -> ShardBuffer:
     """A buffer of bundles that are already in memory.
 
+    Args:
+        bundles: The bytes of each.
+        keys: Their keys as in the tar; numbers from 0 without it.
+
     Raises:
-        BundleError: A bundle is damaged; the message counts from 0.
+        BundleError: A bundle is damaged; the message names its key.
     """
     parsed: list[tuple[str, int, int, Bundle]] = []
     arena, filled = [], 0
     for i, bundle in enumerate(bundles):
-        parsed.append((str(i), filled, len(bundle), parse(bundle, f"bundle {i}")))
+        key, name = (str(i), f"bundle {i}") if keys is None else (keys[i], f"{keys[i]}.rinr")
+        parsed.append((key, filled, len(bundle), parse(bundle, name)))
         arena.append(bundle + bytes(-len(bundle) % 16))
         filled += len(arena[-1])
     everything = np.arange(len(bundles), dtype=np.int64)
