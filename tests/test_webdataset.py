@@ -5,37 +5,27 @@ from __future__ import annotations
 import importlib
 import pickle
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Scene, assert_close, needs
-from tiny_shards import KEYS, members, png, write_shards
+from conftest import assert_close, needs
+from tiny_shards import KEYS, members, write_named
 
 needs("webdataset")
 
 import webdataset
 
-from rinr_loader import BundleError, ConfigError, RinrDataset, Sample, decode_batch
+from rinr_loader import BundleError, ConfigError, RinrDataset, decode_batch
 from rinr_loader.index import decode_key
 from rinr_loader.integrations.webdataset import Decoded, rinr_collation, rinr_decoder
 
 
 @pytest.fixture(scope="module")
-def dest(tmp_path_factory: pytest.TempPathFactory, scenes: Callable[..., Scene]) -> Path:
-    """Two shards of pictures of different sizes with hostile keys; every second one has a sidecar, one has no objects."""
-    samples = []
-    for k, key in enumerate(sorted(KEYS)):
-        scene = scenes(k, width=24 + k, height=20, objects=k % 3)
-        crowd = np.arange(len(scene.boxes)) == 1
-        extra = {"track": k} if k % 2 else {}
-        samples.append(Sample(key, "train", png(scene.image), scene.boxes, scene.classes, crowd=crowd, label=k % 4 - 1, extra=extra))
-    dest = tmp_path_factory.mktemp("shards") / "data"
-    write_shards(dest, samples, names=("a", "b", "c"), shard_samples=8)
-    return dest
+def dest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_named(tmp_path_factory.mktemp("shards") / "data")
 
 
 def read(dest: Path) -> webdataset.WebDataset:

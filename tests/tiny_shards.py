@@ -7,7 +7,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import draw_scene
 from PIL import Image
 
 from rinr_loader import presets
@@ -66,3 +68,15 @@ KEYS = (
     "f" * 100 + "/" + "g" * 54 + "/" + "n" * 95,
     "n" * 95,
 )
+
+
+def write_named(dest: Path) -> Path:
+    """Two shards, a picture for each of `KEYS`, in sizes of their own; every second one has a sidecar, every third one no objects."""
+    samples = []
+    for k, key in enumerate(sorted(KEYS)):
+        scene = draw_scene(k, width=24 + k, height=20, objects=k % 3)
+        crowd = np.arange(len(scene.boxes)) == 1
+        extra = {"track": k} if k % 2 else {}
+        samples.append(Sample(key, "train", png(scene.image), scene.boxes, scene.classes, crowd=crowd, label=k % 4 - 1, extra=extra))
+    write_shards(dest, samples, names=("a", "b", "c"), shard_samples=8)
+    return dest
