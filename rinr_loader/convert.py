@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from rinr_loader.annotations import annotate, sidecar
 from rinr_loader.bundle import VERSION, parse
-from rinr_loader.encode import Picture, encode_unit
+from rinr_loader.encode import Picture, check_device, encode_unit
 from rinr_loader.errors import ConfigError, ConvertError
 from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
 from rinr_loader.index import SUFFIX, ShardIndex, encode_key, load_index
@@ -166,11 +166,12 @@ def convert(
 
     Raises:
         ConvertError: There is nothing to convert, a key does not fit a tar, or `strict` met a problem.
-        ConfigError: `dest` holds another dataset or another unfinished conversion.
+        ConfigError: `dest` holds another dataset or another unfinished conversion, or the device is not there.
         StorageError: `dest` cannot be written, or is full.
     """
     started = time.monotonic()
     job, dest = job or Job(), Path(dest)
+    check_device(job.device)
     units = plan_units(source.samples, job.shard_samples)
     if strict and source.problems:
         raise _strict(source.problems[0])

@@ -24,6 +24,7 @@ from torch import Tensor
 from rinr_loader.bundle import Bundle, Network, NetworkSpec, pack
 from rinr_loader.codecs import siren
 from rinr_loader.decode import decode_batch, feather
+from rinr_loader.errors import ConfigError
 from rinr_loader.fit import CHUNK, Fitted, Schedule, Task, fit, psnr_of
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask, jpeg_bytes, psnr
@@ -32,7 +33,7 @@ LANES = {"cpu": 8, "cuda": 1}
 SLOTS_CUDA = 64
 FEATHER = 4  # stored pixels
 MARGIN = 5  # stored pixels at least between a label box and its residual's edge: above FEATHER, so that the box has full weight
-JITTER = 3  # stored pixels at most by which each edge moves further out
+JITTER, JITTER_SHARE = 3, 1 / 8  # stored pixels, or share of the box's side, at most by which each edge moves further out
 DEFAULT_PSNR = 27.0  # dB of a background that no target was given for
 # A background's PSNR from bytes a pixel, its own as int8 and the picture's as a JPEG: fitted to 8 frames of DAC-SDC, within 0.7 dB
 # (benchmarks/shapes.py). A JPEG's size says how much detail there is, and detail costs a sine network far more than it costs a JPEG.
@@ -132,6 +133,23 @@ class _Unit:
         return [result for result in results if result is not None]
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """The device to encode on.
+
+    Raises:
+        ConfigError: It is neither a CPU nor CUDA, or not there.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device: expected cpu or cuda, got {device!r}") from None
+    if found.type not in LANES:
+        raise ConfigError(f"device: expected cpu or cuda, got {found.type}; encode on the CPU")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: expected one that is here, got {found}, of {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return found
+
+
 def encode_unit(
     pictures: Sequence[Picture],
     settings: Settings,
@@ -153,8 +171,11 @@ def encode_unit(
 
     Returns:
         One bundle each, in order.
+
+    Raises:
+        ConfigError: The device is not there.
     """
-    work = _Unit(settings, unit, torch.device(device), threads or torch.get_num_threads(), on_background)
+    work = _Unit(settings, unit, check_device(device), threads or torch.get_num_threads(), on_background)
     with _one_thread_each(), torch.no_grad(), work.pool, _cancelling(work):
         backgrounds = _fit_backgrounds(work, pictures)
         networks: list[list[Network]] = [[background] for background in backgrounds]
@@ -255,11 +276,12 @@ def place_residuals(picture: Picture, settings: Settings, generator: torch.Gener
     height, width = picture.pixels.shape[:2]
     boxes = picture.stored_boxes
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    jitter = torch.randint(0, JITTER + 1, (len(boxes), 4), generator=generator, device=generator.device).tolist()
+    jitter = torch.rand(len(boxes), 4, generator=generator, device=generator.device).tolist()
     chosen: list[_Residual] = []
     for i in sorted(np.flatnonzero(~picture.crowd).tolist(), key=lambda i: (-areas[i], i)):
-        left, top, right, bottom = (MARGIN + step for step in jitter[i])
         x0, y0, x1, y1 = boxes[i].tolist()
+        reach = [1 + max(JITTER, JITTER_SHARE * side) for side in (x1 - x0, y1 - y0)] * 2
+        left, top, right, bottom = (MARGIN + int(share * most) for share, most in zip(jitter[i], reach, strict=True))
         rect = max(0, math.floor(x0) - left), max(0, math.floor(y0) - top), min(width, math.ceil(x1) + right), min(height, math.ceil(y1) + bottom)
         level = max((r.level + 1 for r in chosen if _overlap(r.rect, rect)), default=0)
         chosen.append(_Residual(number, i, rect, settings.residual_spec(areas[i]), level))
