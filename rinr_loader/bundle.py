@@ -5,6 +5,7 @@ Imports numpy only, so that a bundle can be inspected and validated on any machi
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -148,28 +149,39 @@ def pack(bundle: Bundle) -> bytes:
     Raises:
         BundleError: The bundle would not be read back: sizes, counts or numbers outside the format's limits.
     """
+    try:
+        with np.errstate(over="ignore"):  # parse tells of the infinity
+            data = _assemble(bundle)
+    except (struct.error, OverflowError) as error:
+        raise BundleError(f"bundle: expected numbers within the format's limits, got one that does not fit: {error}") from None
+    struct.pack_into("<I", data, _CHECKSUM_AT, _checksum(data))
+    parse(data)  # what is written can be read: the limits stand in one place
+    return bytes(data)
+
+
+def _assemble(bundle: Bundle) -> bytearray:
+    """Everything but the checksum."""
+    if (len(bundle.shared), len(bundle.source_hash)) != (8, 4):
+        raise BundleError(f"bundle: expected hashes of 8 and 4 bytes, got {len(bundle.shared)} and {len(bundle.source_hash)}; cut them")
     objects = np.zeros(len(bundle.boxes), OBJECT)
-    objects["box"], objects["class_id"], objects["flags"] = bundle.boxes, bundle.classes, np.where(bundle.crowd, _CROWD, 0)
     networks = np.zeros(len(bundle.networks), NETWORK)
-    body = b""
+    objects["box"], objects["flags"] = bundle.boxes, np.where(bundle.crowd, _CROWD, 0)
+    objects["class_id"] = np.clip(bundle.classes, -1, 2**31)  # what is out of range stays so when it is cast
+    body = bytearray()
     start = HEADER.size + objects.nbytes + networks.nbytes
     for row, network in zip(networks, bundle.networks, strict=True):
         spec = network.spec
         body += bytes(-(start + len(body)) % ALIGNMENT)
         row["kind"], row["dtype"], row["depth"] = KINDS.index(spec.kind), DTYPES.index(spec.dtype), spec.depth
         row["width"], row["w0"], row["scale"], row["feather"] = spec.width, spec.w0, network.scale, network.feather
+        if network.object >= NO_OBJECT:
+            raise OverflowError(f"object {network.object}")
         row["object"] = NO_OBJECT if network.object < 0 else network.object
         row["rect"], row["offset"], row["length"] = network.rect, start + len(body), len(network.weights)
         body += network.weights
     head = [MAGIC, VERSION, SIREN, 0, 0, start + len(body), 0, *bundle.stored_size, *bundle.source_size, len(objects), len(networks)]
     tail = [bundle.label, bundle.shared, bundle.source_hash, _centi(bundle.psnr), _centi(bundle.object_psnr)]
-    try:
-        data = bytearray(HEADER.pack(*head, *tail) + objects.tobytes() + networks.tobytes() + body)
-    except struct.error as error:
-        raise BundleError(f"bundle: expected values within the format's limits, got {head[7:] + tail}; {error}") from None
-    struct.pack_into("<I", data, _CHECKSUM_AT, _checksum(data))
-    parse(data)  # what is written can be read: the limits stand in one place
-    return bytes(data)
+    return bytearray(HEADER.pack(*head, *tail) + objects.tobytes() + networks.tobytes() + body)
 
 
 def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
@@ -208,9 +220,9 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
     boxes, classes = objects["box"], objects["class_id"]
     check(np.isfinite(boxes).all(), "boxes", "finite", "NaN or infinity")
     inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (source_width, source_height)).all() and (boxes[:, :2] < boxes[:, 2:]).all()
-    check(inside, "boxes", f"xyxy with an area, inside {source_width}x{source_height}", boxes.tolist()[:4])
-    check((classes < 2**31).all(), "class ids", "below 2**31", classes.tolist()[:4])
-    check((objects["flags"] <= _CROWD).all(), "object flags", "0 or 1", objects["flags"].tolist()[:4])
+    check(inside, "boxes", f"xyxy with an area, inside {source_width}x{source_height}", boxes[:4].tolist())
+    check((classes < 2**31).all(), "class ids", "below 2**31", classes[:4].tolist())
+    check((objects["flags"] <= _CROWD).all(), "object flags", "0 or 1", objects["flags"][:4].tolist())
 
     networks = []
     end = tables
@@ -292,4 +304,4 @@ def _checksum(data: bytearray | memoryview | bytes) -> int:
 
 def _centi(psnr: float | None) -> int:
     """A PSNR in hundredths of a dB, 1 to 65535; 0 means not measured."""
-    return 0 if psnr is None else int(min(max(round(psnr * 100), 1), 0xFFFF))
+    return 0 if psnr is None or math.isnan(psnr) else round(min(max(psnr * 100, 1), 0xFFFF))
