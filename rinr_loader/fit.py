@@ -246,7 +246,7 @@ def _check(stack: _Stack, due: list[int], spec: NetworkSpec, quantize_at: int) -
             stack.psnr[slot], stack.best[slot] = psnr, flat[k]
             if scales is not None:
                 stack.scales[slot] = scales[k]
-        elif psnr < stack.psnr[slot] - COLLAPSE:
+        elif not psnr >= stack.psnr[slot] - COLLAPSE:  # NaN too: nothing comes back from it
             stack.flat[slot], stack.since[slot], stack.rate[slot] = stack.best[slot], 0, stack.rate[slot] / 2
             stack.mean[slot].zero_(), stack.square[slot].zero_()
 
