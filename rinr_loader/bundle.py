@@ -262,8 +262,11 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
     )
 
 
-def check_bytes(data: bytes | bytearray | memoryview, key: str = "bundle") -> None:
+def check_bytes(data: bytes | bytearray | memoryview, key: str = "bundle") -> int:
     """Check magic, version, length and checksum, nothing else: what a reader does for every sample.
+
+    Returns:
+        The checksum.
 
     Raises:
         BundleError: One of them is wrong.
@@ -281,6 +284,7 @@ def check_bytes(data: bytes | bytearray | memoryview, key: str = "bundle") -> No
     found = _checksum(data)
     if checksum != found:
         raise _damaged(key, "checksum", f"{checksum:#010x}", f"{found:#010x}")
+    return found
 
 
 def _damaged(key: str, name: str, expected: object, found: object) -> BundleError:

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from rinr_loader.bundle import KINDS, Bundle, NetworkSpec, parse
+from rinr_loader.bundle import KINDS, Bundle, NetworkSpec, check_bytes, parse
 from rinr_loader.errors import BundleError, ShardError
+from rinr_loader.index_check import TAR_BLOCK, check_columns, read_groups, refuse
 
 Array = NDArray[Any]
 SUFFIX = ".rinr"
@@ -35,6 +36,7 @@ class ShardIndex:
         groups: The network shapes of this shard; `network_group` points into it.
         key: Keys as in the tar, UTF-8 bytes one after the other; `key_start` (n + 1) says where each begins.
         offset, size: First byte and number of bytes of each bundle in the shard, int64.
+        checksum: Of each bundle as in its header, uint32: what lies in the shard is what the index was made from.
         stored_size, source_size: Height and width in pixels, uint16, shape `(n, 2)`.
         label: Class id of the picture or -1, int32.
         source_hash: First 4 bytes of the source file's SHA-256, uint8, shape `(n, 4)`.
@@ -53,6 +55,7 @@ class ShardIndex:
     key_start: Array
     offset: Array
     size: Array
+    checksum: Array
     stored_size: Array
     source_size: Array
     label: Array
@@ -120,12 +123,12 @@ def index_shard(path: Path, *, on_damage: Callable[[BundleError], None] | None =
         BundleError: A bundle is damaged.
         ShardError: The file is not a tar, is cut off, or holds a key twice.
     """
-    rows: list[tuple[str, int, int, Bundle]] = []
+    rows: list[Row] = []
     with path.open("rb") as file:
         for key, offset, size in shard_members(path):
             file.seek(offset)
             try:
-                rows.append((key, offset, size, parse(file.read(size), f"{path.name}:{key}{SUFFIX}")))
+                rows.append(row_of(key, offset, file.read(size), f"{path.name}:{key}{SUFFIX}"))
             except BundleError as error:
                 if on_damage is None:
                     raise
@@ -134,28 +137,69 @@ def index_shard(path: Path, *, on_damage: Callable[[BundleError], None] | None =
 
 
 def shard_members(path: Path) -> list[tuple[str, int, int]]:
-    """Key, first byte and number of bytes of every bundle of a shard, from the tar's headers."""
+    """Key, first byte and number of bytes of every bundle of a shard, from the tar's headers.
+
+    Raises:
+        ShardError: The file is not a tar, is cut off, damaged between its members, or holds a key twice.
+    """
+    found: list[tuple[str, int, int]] = []
+    fault = ""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [(m.name[: -len(SUFFIX)], m.offset_data, m.size) for m in tar if m.name.endswith(SUFFIX)]
-    except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{path.name}: expected a tar of bundles, got {error}; fetch or convert it again") from None
+            found.extend((member.name, member.offset_data, member.size) for member in tar)  # keeps those before an error
+            after = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        after, fault = 0, str(error)
     end, seen = path.stat().st_size, set()
+    members = [(name[: -len(SUFFIX)], offset, size) for name, offset, size in found if name.endswith(SUFFIX)]
     for key, offset, size in members:
         if offset + size > end:
-            raise ShardError(f"{path.name}:{key}{SUFFIX}: expected {size} bytes, got {end - offset}; the shard is cut off, fetch or convert it again")
+            subject = f"{path.name}:{key}{SUFFIX}"
+            raise ShardError(f"{subject}: expected {size} bytes, got {end - offset}; the shard is truncated, fetch or convert it again")
         if key in seen:
             raise ShardError(f"{path.name}: expected each key once, got {key!r} twice; convert it again")
         seen.add(key)
+    with path.open("rb") as file:
+        file.seek(after)
+        # tarfile takes a damaged header for the end, and would quietly leave out what comes after it.
+        if not fault and file.read(2 * TAR_BLOCK) != bytes(2 * TAR_BLOCK):
+            fault = f"neither a member nor the end at byte {after}"
+    if fault:
+        raise ShardError(f"{path.name}: expected a tar of bundles, got {fault}; the shard is damaged, fetch or convert it again")
     return members
 
 
-def build_index(rows: Sequence[tuple[str, int, int, Bundle]]) -> ShardIndex:
-    """Columns from (key, first byte, number of bytes, bundle) of each sample."""
-    bundles = [bundle for *_, bundle in rows]
-    keys = [key.encode() for key, *_ in rows]
-    networks = [(row[1], network) for row in rows for network in row[3].networks]
-    groups = tuple(sorted({network.spec for _, network in networks}, key=lambda s: (KINDS.index(s.kind), -s.depth * s.width, s)))
+class Row(NamedTuple):
+    """What a sample's row of an index is made from."""
+
+    key: str
+    offset: int
+    size: int
+    checksum: int
+    bundle: Bundle
+
+
+def row_of(key: str, offset: int, data: bytes, name: str) -> Row:
+    """Parse a bundle for an index.
+
+    Args:
+        key: As in the tar.
+        offset: First byte of the bundle in its shard.
+        data: The bundle.
+        name: What an error calls it.
+
+    Raises:
+        BundleError: The bundle is damaged.
+    """
+    return Row(key, offset, len(data), check_bytes(data, name), parse(data, name))
+
+
+def build_index(rows: Sequence[Row]) -> ShardIndex:
+    """Columns from the rows of all samples."""
+    bundles = [row.bundle for row in rows]
+    keys = [row.key.encode() for row in rows]
+    networks = [network for bundle in bundles for network in bundle.networks]
+    groups = tuple(sorted({network.spec for network in networks}, key=lambda s: (KINDS.index(s.kind), -s.depth * s.width, s)))
     number = {spec: i for i, spec in enumerate(groups)}
 
     def starts(counts: list[int]) -> Array:
@@ -166,10 +210,10 @@ def build_index(rows: Sequence[tuple[str, int, int, Bundle]]) -> ShardIndex:
 
     # The offset of a network inside its bundle is implied by the format: each starts at the next multiple of 16.
     offsets: list[int] = []
-    for _, offset, size, bundle in rows:
-        end = offset + size
+    for row in rows:
+        end = row.offset + row.size
         inside: list[int] = []
-        for network in reversed(bundle.networks):
+        for network in reversed(row.bundle.networks):
             end = (end - network.spec.nbytes) // 16 * 16
             inside.append(end)
         offsets += reversed(inside)
@@ -177,8 +221,9 @@ def build_index(rows: Sequence[tuple[str, int, int, Bundle]]) -> ShardIndex:
         groups=groups,
         key=np.frombuffer(b"".join(keys), np.uint8),
         key_start=starts([len(key) for key in keys]),
-        offset=np.array([row[1] for row in rows], np.int64),
-        size=np.array([row[2] for row in rows], np.int64),
+        offset=np.array([row.offset for row in rows], np.int64),
+        size=np.array([row.size for row in rows], np.int64),
+        checksum=np.array([row.checksum for row in rows], np.uint32),
         stored_size=np.array([b.stored_size for b in bundles], np.uint16).reshape(-1, 2),
         source_size=np.array([b.source_size for b in bundles], np.uint16).reshape(-1, 2),
         label=np.array([b.label for b in bundles], np.int32),
@@ -190,12 +235,12 @@ def build_index(rows: Sequence[tuple[str, int, int, Bundle]]) -> ShardIndex:
         class_id=rows_of([b.classes for b in bundles], np.int32),
         crowd=rows_of([b.crowd for b in bundles], np.bool_),
         network_start=starts([len(b.networks) for b in bundles]),
-        network_group=np.array([number[n.spec] for _, n in networks], np.uint16),
-        network_object=np.array([n.object for _, n in networks], np.int32),
+        network_group=np.array([number[n.spec] for n in networks], np.uint16),
+        network_object=np.array([n.object for n in networks], np.int32),
         network_offset=np.array(offsets, np.int64),
-        rect=np.array([n.rect for _, n in networks], np.uint16).reshape(-1, 4),
-        scale=np.array([n.scale for _, n in networks], np.float32),
-        feather=np.array([n.feather for _, n in networks], np.uint8),
+        rect=np.array([n.rect for n in networks], np.uint16).reshape(-1, 4),
+        scale=np.array([n.scale for n in networks], np.float32),
+        feather=np.array([n.feather for n in networks], np.uint8),
     )
 
 
@@ -224,49 +269,17 @@ def load_index(data: bytes, *, name: str, shard_bytes: int | None = None) -> Sha
     Raises:
         ShardError: The index is damaged, of an unknown version, or of another shard.
     """
-
-    def broken(expected: object, found: object) -> ShardError:
-        return ShardError(f"{name}: expected {expected}, got {found}; make it again with `rinr index`")
-
+    check = refuse(name)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = json.loads(header["__metadata__"]["rinr"])
-        columns = safetensors.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise broken("the index of a shard", f"{type(error).__name__}: {error}") from None
-    if about.get("version") != INDEX_VERSION:
-        raise ShardError(f"{name}: expected index version {INDEX_VERSION}, got {about.get('version')}; upgrade rinr_loader to read it")
-    if shard_bytes is not None and about.get("shard_bytes") != shard_bytes:
-        raise broken(f"the index of a shard of {shard_bytes} bytes", f"one of {about.get('shard_bytes')} bytes")
-    names = {f.name for f in dataclasses.fields(ShardIndex)} - {"groups"}
-    if set(columns) != names:
-        raise broken(f"columns {sorted(names)}", sorted(columns))
-    try:
-        groups = tuple(NetworkSpec(kind, int(depth), int(width), dtype, float(w0)) for kind, depth, width, dtype, w0 in about["groups"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise broken("network shapes", error) from None
+        columns = safetensors.load(data)  # first: it limits how deep JSON can nest
+        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["rinr"])
+        version, size, rows = (about[entry] for entry in ("version", "shard_bytes", "groups"))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{name}: expected the index of a shard, got {type(error).__name__}: {error}; make it again with `rinr index`") from None
+    if version != INDEX_VERSION:
+        raise ShardError(f"{name}: expected index version {INDEX_VERSION}, got {version}; upgrade rinr_loader to read it")
+    check(type(size) is int and 0 <= size < 2**62 and shard_bytes in (None, size), f"the index of a shard of {shard_bytes} bytes", f"one of {size} bytes")
+    groups = read_groups(rows, check)
+    check_columns(columns, groups, size, check)
     columns["crowd"] = columns["crowd"].astype(np.bool_)
-    index = ShardIndex(groups=groups, **columns)
-    _check_lengths(index, broken)
-    return index
-
-
-def _check_lengths(index: ShardIndex, broken: Callable[[object, object], ShardError]) -> None:
-    n, objects, networks = len(index.offset), len(index.box), len(index.network_group)
-    lengths = {
-        n: ("size", "stored_size", "source_size", "label", "source_hash", "psnr", "object_psnr"),
-        n + 1: ("key_start", "object_start", "network_start"),
-    }
-    for name, length in [(name, length) for length, names in lengths.items() for name in names]:
-        if len(getattr(index, name)) != length:
-            raise broken(f"{length} values of {name}", len(getattr(index, name)))
-    for names, length in ((("class_id", "crowd"), objects), (("network_object", "network_offset", "rect", "scale", "feather"), networks)):
-        for name in names:
-            if len(getattr(index, name)) != length:
-                raise broken(f"{length} values of {name}", len(getattr(index, name)))
-    for name, end in (("key_start", len(index.key)), ("object_start", objects), ("network_start", networks)):
-        column = getattr(index, name)
-        if column[0] != 0 or column[-1] != end or (np.diff(column) < 0).any():
-            raise broken(f"{name} rising from 0 to {end}", column.tolist()[:8])
-    if networks and int(index.network_group.max()) >= len(index.groups):
-        raise broken(f"network groups below {len(index.groups)}", int(index.network_group.max()))
+    return ShardIndex(groups=groups, **columns)

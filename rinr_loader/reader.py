@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rinr_loader.bundle import Bundle, NetworkSpec, check_bytes, parse
+from rinr_loader.bundle import NetworkSpec, check_bytes
 from rinr_loader.errors import ShardError, StorageError
-from rinr_loader.index import ShardIndex, build_index, decode_key
+from rinr_loader.index import Row, ShardIndex, build_index, decode_key, row_of
 
+OTHER_SHARD = "the index is of another shard, make it again with `rinr index`"
 GAP = 64 * 1024  # members this near to each other are fetched by one read
 
 
@@ -82,7 +83,7 @@ def read_samples(shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.in
 
     Raises:
         BundleError: A bundle's length or checksum is wrong.
-        ShardError: The shard ends before the sample does.
+        ShardError: The shard ends before the sample does, or the index was made from other samples.
         StorageError: A shard cannot be opened.
     """
     arena: list[bytes] = []
@@ -99,8 +100,10 @@ def read_samples(shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.in
             bases[inside] = filled - first
             arena.append(raw + bytes(-len(raw) % 16))
             for i in np.unique(sample[inside]).tolist():
-                start, size = int(index.offset[i]) - first, int(index.size[i])
-                check_bytes(memoryview(raw)[start : start + size], f"{path.name}:{index.keys_at([i])[0]}.rinr")
+                start, size, name = int(index.offset[i]) - first, int(index.size[i]), f"{path.name}:{index.keys_at([i])[0]}.rinr"
+                checksum, wanted_checksum = check_bytes(memoryview(raw)[start : start + size], name), int(index.checksum[i])
+                if checksum != wanted_checksum:
+                    raise ShardError(f"{name}: expected checksum {wanted_checksum:#010x} as in the index, got {checksum:#010x}; {OTHER_SHARD}")
             filled += len(arena[-1])
         parts.append((index, wanted, sample[wanted]))
     data = torch.frombuffer(bytearray(b"".join(arena) or bytes(16)), dtype=torch.uint8)
@@ -117,11 +120,11 @@ def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None) -> Sh
     Raises:
         BundleError: A bundle is damaged; the message names its key.
     """
-    parsed: list[tuple[str, int, int, Bundle]] = []
+    parsed: list[Row] = []
     arena, filled = [], 0
     for i, bundle in enumerate(bundles):
         key, name = (str(i), f"bundle {i}") if keys is None else (keys[i], f"{keys[i]}.rinr")
-        parsed.append((key, filled, len(bundle), parse(bundle, name)))
+        parsed.append(row_of(key, filled, bundle, name))
         arena.append(bundle + bytes(-len(bundle) % 16))
         filled += len(arena[-1])
     everything = np.arange(len(bundles), dtype=np.int64)
