@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--networks", type=int, default=0, help="networks of each shape; 64 on a GPU, 16 on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    device, threads = torch.device(arguments.device), torch.get_num_threads()
+    device, threads = torch.device(arguments.device), arguments.threads
     networks = arguments.networks or (64 if device.type == "cuda" else 16)
     rows = []
     for spec in SHAPES:
@@ -111,7 +112,11 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
     torch.set_num_threads(threads)
-    write_result("encode", {"steps": arguments.steps, "rounds": arguments.rounds, "rows": rows}, arguments.device)
+    write_result(
+        f"encode-{threads}-threads" if device.type == "cpu" else "encode",
+        {"steps": arguments.steps, "rounds": arguments.rounds, "rows": rows},
+        arguments.device,
+    )
 
 
 if __name__ == "__main__":
