@@ -49,6 +49,16 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "loader": {"dataset"},
     # jobs
     "convert": {"encode", "writer"},
+    "pictures": {"dataset"},
+    "sheet": set(),
+    "info": {"pictures", "sheet"},
+    "compare": {"convert", "dataset"},
+    "verify": {"dataset", "writer"},
+    "reindex": {"dataset", "writer"},
+    "export": {"pictures", "writer"},
+    "bench": {"dataset"},
+    "scenes": {"errors"},
+    "console": set(),
     # what users import from the package itself
     "__init__": {"loader"},
     # the ends: nothing stands on them
@@ -56,8 +66,9 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "integrations": {"__init__", "boxes", "color", "crops", "decode", "mosaic"},
     "cli": EVERYTHING,
     "demo": EVERYTHING,
+    "reports": EVERYTHING,
 }
-ENDS = {"cli", "demo", "converters", "integrations"}
+ENDS = {"cli", "demo", "reports", "converters", "integrations"}
 
 # The core's own dependencies: name of the import, name of the distribution.
 DEPENDENCIES = {"torch": "torch", "numpy": "numpy", "PIL": "pillow", "safetensors": "safetensors", "typer": "typer", "rich": "rich", "yaml": "pyyaml"}

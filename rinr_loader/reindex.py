@@ -1,0 +1,57 @@
+"""Rebuild the indexes of a dataset from its shards, and with them `dataset.json` and `data.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rinr_loader.dataset import DATASET, load_metadata
+from rinr_loader.errors import ConfigError
+from rinr_loader.index import ShardIndex, index_shard
+from rinr_loader.source import SPLITS
+from rinr_loader.writer import data_yaml, describe_dataset, describe_shard, dump_json, write_bytes, write_index
+
+
+@dataclass(frozen=True)
+class Reindexed:
+    """What was found: shards and samples, and which index files were changed."""
+
+    shards: int
+    samples: int
+    changed: tuple[str, ...]
+
+
+def reindex(path: str | Path) -> Reindexed:
+    """Make every index again from the shard beside it. Shards that are gone are forgotten, new ones are taken in.
+
+    Nothing is written before every shard has been read and found sound.
+
+    Args:
+        path: The directory that `rinr convert` wrote, or its data.yaml.
+
+    Raises:
+        BundleError: A bundle is damaged.
+        ConfigError: There is no dataset, or it has no shards left.
+        ShardError: A shard is not a tar, is cut off, or holds a key twice.
+        StorageError: The indexes cannot be written.
+    """
+    root, metadata = load_metadata(path)
+    shards = [(split, shard) for split in SPLITS for shard in sorted((root / split).glob("*.tar"))]
+    if not shards:
+        raise ConfigError(f"{root}: expected shards, got none; fetch or convert the dataset again")
+    for _, shard in shards:
+        index_shard(shard)
+    splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
+    changed = []
+    for split, shard in shards:
+        beside = shard.with_suffix(".safetensors")
+        before = beside.read_bytes() if beside.is_file() else None
+        index = write_index(shard)
+        if beside.read_bytes() != before:
+            changed.append(beside.relative_to(root).as_posix())
+        splits.setdefault(split, []).append((describe_shard(root, shard, index), index))
+    write_bytes(root / "data.yaml", data_yaml(splits, metadata["names"]))
+    described = describe_dataset(splits, names=metadata["names"], codec=metadata.get("codec", {}), source=metadata.get("source", {}))
+    write_bytes(root / DATASET, dump_json(described))
+    return Reindexed(len(shards), sum(len(index) for rows in splits.values() for _, index in rows), tuple(changed))
