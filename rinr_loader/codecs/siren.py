@@ -50,16 +50,19 @@ def forward(flat: Tensor, spec: NetworkSpec, points: Tensor) -> Tensor:
     Returns:
         Outputs before the network's scale, float32, `(K, 3, P)`.
     """
+    *sine, (weight, bias) = _scaled_layers(flat, spec)
     hidden = points
-    *sine, (weight, bias) = layers(flat, spec)
     for w, b in sine:
-        hidden = torch.baddbmm(b, w, hidden).mul_(spec.w0).sin_()  # [K, width, P]
+        hidden = torch.baddbmm(b, w, hidden).sin_()  # [K, width, P]
     return torch.baddbmm(bias, weight, hidden)
 
 
-def forward_backward(
-    flat: Tensor, spec: NetworkSpec, points: Tensor, target: Tensor, weight: Tensor, grad: Tensor, *, half: bool = False
-) -> Tensor:
+def _scaled_layers(flat: Tensor, spec: NetworkSpec) -> list[tuple[Tensor, Tensor]]:
+    """Layers with the activation frequency multiplied into the weights: once a network instead of once a pixel."""
+    return [*layers(flat * spec.w0, spec)[:-1], layers(flat, spec)[-1]]
+
+
+def forward_backward(flat: Tensor, spec: NetworkSpec, points: Tensor, target: Tensor, weight: Tensor, grad: Tensor, *, half: bool = False) -> Tensor:
     """Add the gradient of the squared error to `grad`; return the squared error of each network.
 
     The backward pass is written out: autograd's bookkeeping costs more than the arithmetic of networks this small
@@ -79,29 +82,25 @@ def forward_backward(
     def product(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.half(), b.half()).float() if half else torch.bmm(a, b)
 
-    parameters, gradients = layers(flat, spec), layers(grad, spec)
+    parameters, gradients = _scaled_layers(flat, spec), layers(grad, spec)
     phases, hidden = [], [points]
     for i, (w, b) in enumerate(parameters[:-1]):
-        if half and i > 0:
-            phase = product(w, hidden[-1]).add_(b).mul_(spec.w0)
-        else:
-            phase = torch.baddbmm(b, w, hidden[-1]).mul_(spec.w0)
-        phases.append(phase)
-        hidden.append(torch.sin(phase))
+        phases.append(product(w, hidden[-1]).add_(b) if half and i > 0 else torch.baddbmm(b, w, hidden[-1]))
+        hidden.append(torch.sin(phases[-1]))
     w, b = parameters[-1]
     error = torch.baddbmm(b, w, hidden[-1]).mul_(weight).sub_(target)  # [K, 3, P]
     loss = error.square().sum((1, 2))
     delta = error.mul_(weight).mul_(2)
     for i in range(len(parameters) - 1, -1, -1):
         grad_w, grad_b = gradients[i]
+        factor = 1.0 if i == len(parameters) - 1 else spec.w0
         if half and 0 < i < len(parameters) - 1:
-            grad_w.add_(product(delta, hidden[i].transpose(1, 2)))
+            grad_w.add_(product(delta, hidden[i].transpose(1, 2)), alpha=factor)
         else:
-            grad_w.baddbmm_(delta, hidden[i].transpose(1, 2))
-        grad_b.add_(delta.sum(2, keepdim=True))
+            grad_w.baddbmm_(delta, hidden[i].transpose(1, 2), alpha=factor)
+        grad_b.add_(delta.sum(2, keepdim=True), alpha=factor)
         if i > 0:
-            slope = phases[i - 1].cos_().mul_(spec.w0)
-            delta = product(parameters[i][0].transpose(1, 2), delta).mul_(slope)
+            delta = product(parameters[i][0].transpose(1, 2), delta).mul_(phases[i - 1].cos_())
     return loss
 
 
@@ -146,7 +145,8 @@ def from_bytes(data: Tensor, spec: NetworkSpec) -> Tensor:
     """Parameters of K networks from their stored bytes, uint8 `(K, spec.nbytes)`, as float32 `(K, rows + weights)`."""
     if spec.dtype == "float16":
         return data.view(torch.float16).float()
-    halves = data[:, : 4 * spec.rows].contiguous().view(torch.float16).float()
+    # Flattened, not made contiguous: one row of an odd number of bytes counts as contiguous, but cannot be viewed as float16.
+    halves = data[:, : 4 * spec.rows].flatten().view(torch.float16).view(len(data), 2 * spec.rows).float()
     weight = data[:, 4 * spec.rows :].contiguous().view(torch.int8).float()
     return torch.cat([halves[:, spec.rows :], weight * expand_rows(halves[:, : spec.rows], spec)], 1)
 
