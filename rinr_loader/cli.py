@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
@@ -59,11 +59,19 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
 # --- options ---
 
 
-def _size(text: str) -> tuple[int, int]:
+@dataclass(frozen=True)
+class PictureSize:
+    """What `WxH` says, in pixels."""
+
+    width: int
+    height: int
+
+
+def _size(text: str) -> PictureSize:
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not match or not (1 <= int(match[1]) <= 65535 and 1 <= int(match[2]) <= 65535):
         raise typer.BadParameter(f"expected WIDTHxHEIGHT in pixels, such as 640x360, got {text!r}")
-    return int(match[1]), int(match[2])
+    return PictureSize(int(match[1]), int(match[2]))
 
 
 def _fraction(value: float) -> float:
@@ -134,7 +142,7 @@ def convert_command(
     codec: Annotated[Literal["siren"], typer.Option(help="Family of networks.")] = "siren",
     preset: Annotated[Literal["paper", "fast", "balanced", "best"], typer.Option(help="Shapes and steps; time against quality.")] = "balanced",
     mode: Annotated[Literal["qre", "re", "de", "be", "bs"], typer.Option(help="What is stored, see docs/FORMAT.md.")] = "qre",
-    size: Annotated[tuple[int, int] | None, typer.Option(parser=_size, metavar="WxH", help="Shrink pictures to fit inside; never enlarges.")] = None,
+    size: Annotated[PictureSize | None, typer.Option(parser=_size, metavar="WxH", help="Shrink pictures to fit inside; never enlarges.")] = None,
     target_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which a picture is good enough.")] = None,
     object_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which an object is good enough.")] = None,
     shard_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a shard.")] = 1024,
@@ -162,7 +170,7 @@ def convert_command(
     if val_residuals:
         warn("--val-residuals: the pictures of val and test get better where their labels are; scores on them say more than a detector can do")
     settings = Settings(preset, mode, target_psnr, object_psnr, seed, amp)
-    job = Job(settings, size, shard_samples, val_residuals, chosen)
+    job = Job(settings, None if size is None else (size.width, size.height), shard_samples, val_residuals, chosen)
     found = open_source(source_path, source_format=source_format, val_fraction=val_fraction, limit=limit)
     if dry_run:
         reports.estimate_report(estimate(found, job), as_json=as_json)
@@ -248,7 +256,7 @@ def export(
     dest: Dest,
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: new, empty, or of an earlier export.")],
     picture_format: Annotated[Literal["png", "jpeg"], typer.Option("--format", help="Of the pictures.")] = "png",
-    size: Annotated[tuple[int, int] | None, typer.Option(parser=_size, metavar="WxH", help="Fit pictures inside, at most the source's size.")] = None,
+    size: Annotated[PictureSize | None, typer.Option(parser=_size, metavar="WxH", help="Fit pictures inside, at most the source's size.")] = None,
     limit: Limit = None,
     device: Device = None,
     as_json: Json = False,
@@ -258,7 +266,8 @@ def export(
     from rinr_loader.export import export as write
 
     with Meter("exporting") as meter:
-        done = write(path, place, picture_format=picture_format, size=size, limit=limit, device=_chosen_device(device), on_progress=meter.update)
+        fit = None if size is None else (size.width, size.height)
+        done = write(path, place, picture_format=picture_format, size=fit, limit=limit, device=_chosen_device(device), on_progress=meter.update)
     if as_json:
         result_json({**asdict(done), "out": str(done.out)})
     else:
@@ -270,7 +279,7 @@ def export(
 def bench(
     dest: Dest,
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
-    size: Annotated[tuple[int, int] | None, typer.Option(parser=_size, metavar="WxH", help="Of the decoded pictures; as stored without it.")] = None,
+    size: Annotated[PictureSize | None, typer.Option(parser=_size, metavar="WxH", help="Of the decoded pictures; as stored without it.")] = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, metavar="N", help="May stand several times; 1, 8, 32 and 128 without it.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each batch size.")] = 2.0,
     device: Device = None,
@@ -281,7 +290,7 @@ def bench(
     from rinr_loader.bench import BATCH_SIZES, measure
     from rinr_loader.dataset import RinrDataset
 
-    shape = None if size is None else (size[1], size[0])
+    shape = None if size is None else (size.height, size.width)
     speeds = measure(RinrDataset(path, split), batch_sizes=batch_size or BATCH_SIZES, size=shape, device=_chosen_device(device), seconds=seconds)
     if as_json:
         result_json(asdict(speeds))

@@ -126,5 +126,6 @@ def _texture(random: np.random.Generator, kind: int, width: int, height: int) ->
     pattern = (np.hypot(x - width / 2, y - height / 2), np.maximum(np.abs(x - width / 2), np.abs(y - height / 2)), x + y)[kind]
     colour = np.array(((225, 70, 50), (60, 120, 225), (235, 190, 45))[kind]) + random.uniform(-25, 25, 3)
     shade = 0.8 + 0.2 * np.sin(2 * np.pi * pattern / period)
-    grain: NDArray[np.float64] = random.normal(0, 3, (height, width, 3))
-    return shade[..., None] * colour + grain
+    grain = random.normal(0, 3, (height, width, 3))
+    texture: NDArray[np.float64] = shade[..., None] * colour + grain
+    return texture
