@@ -278,7 +278,11 @@ def load_index(data: bytes, *, name: str, shard_bytes: int | None = None) -> Sha
         raise ShardError(f"{name}: expected the index of a shard, got {type(error).__name__}: {error}; make it again with `rinr index`") from None
     if version != INDEX_VERSION:
         raise ShardError(f"{name}: expected index version {INDEX_VERSION}, got {version}; upgrade rinr_loader to read it")
-    check(type(size) is int and 0 <= size < 2**62 and shard_bytes in (None, size), f"the index of a shard of {shard_bytes} bytes", f"one of {size} bytes")
+    check(
+        type(size) is int and 0 <= size < 2**62 and shard_bytes in (None, size),
+        f"the index of a shard of {shard_bytes} bytes",
+        f"one of {size} bytes",
+    )
     groups = read_groups(rows, check)
     check_columns(columns, groups, size, check)
     columns["crowd"] = columns["crowd"].astype(np.bool_)

@@ -1,0 +1,140 @@
+"""Make the golden files again: `python tests/golden/make.py`. Only for a new version of the format; the old files then stay beside the new ones.
+
+Drawn pictures, really encoded with small networks and a short schedule: what is committed is what they decode to, not a good likeness.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rinr_loader import presets
+from rinr_loader.bundle import Bundle, pack, parse
+from rinr_loader.codecs import siren
+from rinr_loader.convert import Job, convert
+from rinr_loader.dataset import RinrDataset
+from rinr_loader.decode import decode_batch
+from rinr_loader.encode import Picture, encode_unit
+from rinr_loader.fit import Schedule
+from rinr_loader.presets import Preset, Settings
+from rinr_loader.source import Sample, Source
+
+GOLDEN = Path(__file__).parent
+TINY = Preset(((3, 16),), Schedule(400, 2e-3, 512), ((150.0, 2, 8), (float("inf"), 3, 12)), Schedule(200, 3e-3, 256))
+BOXES = np.array([[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]], np.float32)  # two that overlap, one cut by the border
+CLASSES = np.array([1, 0, 2], np.int64)
+CROWD = np.array([False, False, True])
+
+
+def drawn(width: int, height: int, *, gray: bool = False) -> np.ndarray:
+    """A smooth background with two shapes on it, uint8 `(H, W, 3)`."""
+    y, x = (np.mgrid[0:height, 0:width] + 0.5) / np.array([height, width])[:, None, None]
+    picture = np.stack([120 + 90 * np.sin(4 * x + c) * np.cos(3 * y - c) for c in range(3)], axis=-1)
+    picture[(x - 0.3) ** 2 + (y - 0.38) ** 2 < 0.02] = (230, 60, 40)
+    picture[(abs(x - 0.6) < 0.22) & (abs(y - 0.6) < 0.25)] = (30, 90, 210)
+    if gray:
+        picture = np.repeat(picture.mean(axis=-1, keepdims=True), 3, axis=-1)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def picture(width: int, height: int, *, source: tuple[int, int] | None = None, boxes: bool = True, label: int = -1, gray: bool = False) -> Picture:
+    count = 3 if boxes else 0
+    scale = 1 if source is None else source[0] / width
+    return Picture(
+        pixels=drawn(width, height, gray=gray),
+        source_size=(height, width) if source is None else (source[1], source[0]),
+        boxes=BOXES[:count] * np.float32(scale),
+        classes=CLASSES[:count],
+        crowd=CROWD[:count],
+        label=label,
+        source_hash=bytes([width, height, count, 255]),
+    )
+
+
+def int8_residuals(data: bytes) -> bytes:
+    """What the format allows and no mode of the encoder writes: residuals as int8, of another frequency, of no object, with hard edges."""
+    bundle = parse(data)
+    networks = list(bundle.networks)
+    for i, network in enumerate(networks[1:], 1):
+        flat = siren.parameters_of([network.weights], network.spec)
+        spec = replace(network.spec, dtype="int8", w0=20.0)
+        networks[i] = replace(network, spec=spec, weights=siren.to_bytes(flat, spec, siren.row_scales(flat, spec))[0], object=-1, feather=0)
+    return pack(replace(bundle, networks=tuple(networks)))
+
+
+def bundles() -> dict[str, bytes]:
+    def encode(mode: presets.Mode, picture: Picture) -> bytes:
+        return encode_unit([picture], Settings("fast", mode), unit=mode, threads=1)[0]
+
+    qre = encode("qre", picture(45, 37))
+    return {
+        "qre": qre,
+        "re-smaller-than-source": encode("re", picture(45, 37, source=(90, 74))),
+        "de": encode("de", picture(45, 37)),
+        "be": encode("be", picture(45, 37)),
+        "bs-label-no-objects": encode("bs", picture(24, 31, boxes=False, label=3)),
+        "gray-one-row": encode("qre", picture(19, 1, boxes=False, gray=True)),
+        "int8-residuals": int8_residuals(qre),
+    }
+
+
+def described(bundle: Bundle) -> dict[str, Any]:
+    """What parsing must give, weights aside."""
+    networks = [{"spec": str(n.spec), "rect": n.rect, "scale": n.scale, "feather": n.feather, "object": n.object} for n in bundle.networks]
+    return {
+        "stored_size": bundle.stored_size,
+        "source_size": bundle.source_size,
+        "boxes": bundle.boxes.tolist(),
+        "classes": bundle.classes.tolist(),
+        "crowd": bundle.crowd.tolist(),
+        "label": bundle.label,
+        "psnr": bundle.psnr,
+        "object_psnr": bundle.object_psnr,
+        "source_hash": bundle.source_hash.hex(),
+        "networks": networks,
+    }
+
+
+def source() -> Source:
+    def encoded(pixels: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    def sample(key: str, split: str, width: int, count: int) -> Sample:
+        pixels, boxes = drawn(width, 37), np.minimum(BOXES[:count], [width, 37, width, 37]).astype(np.float32)
+        extra = {"objects": [{"track": i} for i in range(count)]} if key.startswith("v1.2") else {}
+        return Sample(key, split, encoded(pixels), boxes, CLASSES[:count], CROWD[:count], extra=extra)  # type: ignore[arg-type]
+
+    samples = [sample("plain", "train", 45, 3), sample("v1.2/frame 07.left", "train", 41, 2), sample("ü", "train", 45, 0), sample("a", "val", 45, 2)]
+    return Source("drawn", samples, ("box", "ball", "corner"))
+
+
+def main() -> None:
+    presets.PRESETS["fast"] = TINY
+    for old in ("bundles", "dataset", "pixels"):
+        shutil.rmtree(GOLDEN / old, ignore_errors=True)
+    (GOLDEN / "bundles").mkdir()
+    (GOLDEN / "pixels").mkdir()
+    expected = {}
+    for name, data in bundles().items():
+        (GOLDEN / "bundles" / f"{name}.rinr").write_bytes(data)
+        Image.fromarray(decode_batch([data])[0].permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"{name}.png")
+        expected[name] = described(parse(data))
+    lines = [f"{json.dumps(name)}: {json.dumps(about)}" for name, about in expected.items()]
+    (GOLDEN / "bundles.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    convert(source(), GOLDEN / "dataset", Job(Settings("fast"), shard_samples=2))
+    for split in ("train", "val"):
+        for image, target in RinrDataset(GOLDEN / "dataset", split):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"dataset-{split}-{target['index']}.png")
+
+
+if __name__ == "__main__":
+    main()

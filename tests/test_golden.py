@@ -1,0 +1,120 @@
+"""Committed bytes must go on giving the committed pixels and labels. A missing file fails: nothing here is ever made again by a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, assert_close, psnr
+from PIL import Image
+
+from rinr_loader import DataLoader, RinrDataset
+from rinr_loader.bundle import DTYPES, KINDS, pack, parse
+from rinr_loader.decode import decode_batch
+from rinr_loader.index import decode_key, dump_index, index_shard
+from rinr_loader.writer import read_tar, write_tar
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+BUNDLES = ("be", "bs-label-no-objects", "de", "gray-one-row", "int8-residuals", "qre", "re-smaller-than-source")
+SHARDS = ("train/train-000000", "train/train-000001", "val/val-000000")
+DATASET = {"train": ["plain", "v1.2/frame 07.left", "ü"], "val": ["a"]}
+
+
+def pixels(name: str) -> np.ndarray:
+    return np.array(Image.open(GOLDEN / "pixels" / f"{name}.png"))
+
+
+def expected() -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((GOLDEN / "bundles.json").read_text())
+    return described
+
+
+def bundle(name: str) -> bytes:
+    return (GOLDEN / "bundles" / f"{name}.rinr").read_bytes()
+
+
+def test_every_golden_file_is_there_and_no_other() -> None:
+    wanted = {"make.py", "bundles.json", *(f"dataset/{name}" for name in ("dataset.json", "data.yaml", "report.json"))}
+    wanted |= {f"bundles/{name}.rinr" for name in BUNDLES} | {f"pixels/{name}.png" for name in BUNDLES}
+    wanted |= {f"pixels/dataset-{split}-{i}.png" for split, keys in DATASET.items() for i in range(len(keys))}
+    wanted |= {f"dataset/{shard}.{suffix}" for shard in SHARDS for suffix in ("tar", "safetensors")}
+    found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert found == wanted
+
+
+def test_golden_bundles_are_of_every_kind_and_dtype() -> None:
+    specs = {(n.spec.kind, n.spec.dtype) for name in BUNDLES for n in parse(bundle(name)).networks}
+    wanted = {(kind, dtype) for kind in KINDS for dtype in DTYPES} - {("direct", "int8")}  # read as any other network's int8
+    assert specs == wanted
+    assert any(parse(bundle(name)).crowd.any() for name in BUNDLES)
+    assert any(parse(bundle(name)).label >= 0 for name in BUNDLES)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_bundle_decodes_to_its_pixels(name: str) -> None:
+    wanted = pixels(name)
+    assert wanted.std() > 5, "a golden picture of one colour proves nothing"
+    assert_close(decode_batch([bundle(name)])[0].permute(1, 2, 0), wanted, "pixels")
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_bundle_parses_to_its_labels_and_networks(name: str) -> None:
+    parsed, about = parse(bundle(name)), expected()[name]
+    assert list(parsed.stored_size) == about["stored_size"]
+    assert list(parsed.source_size) == about["source_size"]
+    assert parsed.boxes.tolist() == about["boxes"]
+    assert parsed.classes.tolist() == about["classes"]
+    assert parsed.crowd.tolist() == about["crowd"]
+    assert (parsed.label, parsed.psnr, parsed.object_psnr) == (about["label"], about["psnr"], about["object_psnr"])
+    assert parsed.source_hash.hex() == about["source_hash"]
+    found = [{"spec": str(n.spec), "rect": list(n.rect), "scale": n.scale, "feather": n.feather, "object": n.object} for n in parsed.networks]
+    assert found == about["networks"]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_bundle_packs_to_its_bytes(name: str) -> None:
+    assert pack(parse(bundle(name))) == bundle(name)
+
+
+def test_golden_residuals_matter() -> None:
+    """The objects of `qre` are not those of its background: the pixels above would notice a decoder without residuals."""
+    parsed = parse(bundle("qre"))
+    without = decode_batch([pack(type(parsed)(parsed.stored_size, parsed.source_size, parsed.networks[:1]))])[0].permute(1, 2, 0)
+    assert psnr(without, pixels("qre")) < 35
+
+
+@pytest.mark.parametrize("split", list(DATASET))
+def test_the_dataset_gives_its_pixels_and_labels(split: str) -> None:
+    dataset = RinrDataset(GOLDEN / "dataset", split)
+    assert dataset.keys == DATASET[split]
+    assert dataset.names == ("box", "ball", "corner")
+    for i, (image, target) in enumerate(dataset):
+        assert_close(image.permute(1, 2, 0), pixels(f"dataset-{split}-{i}"), "pixels")
+        assert target["key"] == DATASET[split][i]
+    first = dataset.labels[0]
+    boxes = [[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]]
+    assert first["boxes"].tolist() == boxes[: len(first["boxes"])]
+    assert first["classes"].tolist() == [1, 0, 2][: len(first["boxes"])]
+    assert len(dataset) == len(DATASET[split]) == len(DataLoader(dataset, size=(32, 32)))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_an_index_made_again_is_the_golden_one(shard: str) -> None:
+    tar = GOLDEN / "dataset" / f"{shard}.tar"
+    assert dump_index(index_shard(tar), shard_bytes=tar.stat().st_size) == tar.with_suffix(".safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_shard_written_again_is_the_golden_one(shard: str, tmp_path: Path) -> None:
+    tar = GOLDEN / "dataset" / f"{shard}.tar"
+    write_tar(tmp_path / "again.tar", read_tar(tar))
+    assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
+
+
+def test_the_sidecar_of_a_golden_shard() -> None:
+    members = dict(read_tar(GOLDEN / "dataset" / "train" / "train-000000.tar"))
+    sidecars = {decode_key(name.removesuffix(".json")): json.loads(data) for name, data in members.items() if name.endswith(".json")}
+    assert sidecars == {"v1.2/frame 07.left": {"objects": [{"track": 0}, {"track": 1}]}}
