@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rinr_loader.decode import decode, whole
 from rinr_loader.errors import ConfigError, ShardError, StorageError
 from rinr_loader.index import ShardIndex, decode_key, load_index
 from rinr_loader.reader import ShardBuffer, read_samples
+from rinr_loader.source import SPLITS
 
 DATASET = "dataset.json"
 VERSION = 1
@@ -192,4 +193,28 @@ def load_metadata(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"{root / DATASET}: expected a rinr dataset, got something else; pass the directory that `rinr convert` wrote")
     if described.get("version") != VERSION:
         raise ConfigError(f"{root / DATASET}: expected version {VERSION}, got {described.get('version')}; upgrade rinr_loader to read it")
+    if not _is_sound(described):
+        raise ConfigError(f"{root / DATASET}: expected what docs/FORMAT.md lists, got other entries or types; fetch or convert the dataset again")
     return root, described
+
+
+_TOP: dict[str, type] = {"task": str, "names": list, "splits": dict, "groups": dict, "codec": dict, "source": dict}
+_SHARD: dict[str, type] = dict.fromkeys(("path", "sha256", "index", "index_sha256"), str) | dict.fromkeys(
+    ("samples", "objects", "bytes", "index_bytes"), int
+)
+_SPLIT: dict[str, type] = {"samples": int, "objects": int, "shards": list}
+
+
+def _is_sound(described: dict[str, Any]) -> bool:
+    """Whether `dataset.json` has every entry that is read without looking, and nothing that leads out of its directory."""
+    if not _has(described, _TOP) or not all(isinstance(name, str) for name in described["names"]):
+        return False
+    tables = described["splits"].values()
+    if not set(described["splits"]) <= set(SPLITS) or not all(_has(table, _SPLIT) for table in tables):
+        return False
+    rows = [row for table in tables for row in table["shards"]]
+    return all(_has(row, _SHARD) and not {"", ".", ".."} & {*row["path"].split("/"), *row["index"].split("/")} for row in rows)
+
+
+def _has(value: object, entries: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in entries.items())
