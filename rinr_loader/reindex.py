@@ -23,9 +23,9 @@ class Reindexed:
 
 
 def reindex(path: str | Path) -> Reindexed:
-    """Make every index again from the shard beside it. Shards that are gone are forgotten, new ones are taken in.
+    """Make every index again from the shard beside it.
 
-    Nothing is written before every shard has been read and found sound.
+    Shards that are gone are forgotten with their indexes, new ones are taken in. Nothing is written before every shard has been read and found sound.
 
     Args:
         path: The directory that `rinr convert` wrote, or its data.yaml.
@@ -42,6 +42,10 @@ def reindex(path: str | Path) -> Reindexed:
         raise ConfigError(f"{root}: expected shards, got none; fetch or convert the dataset again")
     for _, shard in shards:
         index_shard(shard)
+    for split in SPLITS:
+        for beside in (root / split).glob("*.safetensors"):
+            if not beside.with_suffix(".tar").exists():
+                beside.unlink()
     splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
     changed = []
     for split, shard in shards:

@@ -76,18 +76,14 @@ def verify(path: str | Path, *, device: torch.device | str = "cpu", on_progress:
     metadata: dict[str, Any] | None = None
     try:
         root, metadata = load_metadata(path)
-        fault = _fault(metadata)
+        found = _Found(root, metadata["names"], torch.device(device))
+        rows: list[tuple[str, dict[str, Any]]] = [(split, row) for split, table in metadata["splits"].items() for row in table["shards"]]
     except ConfigError as error:
         if not (root / DATASET).is_file():
             raise
-        fault = str(error)
-    if metadata is None or fault:
         # The shards can still be looked at by themselves.
-        found = _Found(root, (), torch.device(device), [fault])
-        rows: list[tuple[str, dict[str, Any]]] = [(tar.parent.name, {"path": tar.relative_to(root).as_posix()}) for tar in _tars(root)]
-    else:
-        found = _Found(root, metadata["names"], torch.device(device))
-        rows = [(split, row) for split, table in metadata["splits"].items() for row in table["shards"]]
+        found = _Found(root, (), torch.device(device), [str(error)])
+        rows = [(tar.parent.name, {"path": tar.relative_to(root).as_posix()}) for tar in _files(root, ".tar")]
     for done, (split, row) in enumerate(rows):
         if on_progress is not None:
             on_progress(done, len(rows))
@@ -97,27 +93,13 @@ def verify(path: str | Path, *, device: torch.device | str = "cpu", on_progress:
             found.wrong(row["path"], "a readable file", error.strerror or error, "check the disk")
     if on_progress is not None:
         on_progress(len(rows), len(rows))
-    if metadata is not None and not fault:
+    if metadata is not None:
         _check_dataset(found, metadata)
     return Verification(len(rows), found.samples.total(), found.bytes, tuple(found.damage))
 
 
-def _fault(metadata: Mapping[str, Any]) -> str:
-    """What is wrong with the structure of `dataset.json`, empty where it is sound."""
-    numbers, texts = ("samples", "objects", "bytes", "index_bytes"), ("path", "sha256", "index", "index_sha256")
-    try:
-        sound = isinstance(metadata["groups"], dict) and all(isinstance(name, str) for name in metadata["names"])
-        for split, table in metadata["splits"].items():
-            sound &= split in SPLITS and isinstance(table["samples"], int) and isinstance(table["objects"], int)
-            for row in table["shards"]:
-                sound &= all(isinstance(row[name], int) for name in numbers) and all(isinstance(row[name], str) for name in texts)
-    except (KeyError, TypeError, AttributeError) as error:
-        return f"{DATASET}: expected splits with rows of shards, got {type(error).__name__}: {error}; {AGAIN}"
-    return "" if sound else f"{DATASET}: expected splits with rows of shards, got values of other types; {AGAIN}"
-
-
-def _tars(root: Path) -> list[Path]:
-    return [tar for split in SPLITS for tar in sorted((root / split).glob("*.tar"))]
+def _files(root: Path, suffix: str) -> list[Path]:
+    return [file for split in SPLITS for file in sorted((root / split).glob(f"*{suffix}"))]
 
 
 def _check_shard(found: _Found, split: str, row: Mapping[str, Any]) -> None:
@@ -211,11 +193,11 @@ def _check_index(found: _Found, row: Mapping[str, Any], rebuilt: ShardIndex | No
 
 def _check_dataset(found: _Found, metadata: Mapping[str, Any]) -> None:
     """Check what `dataset.json` says of all shards together, what lies beside them, and data.yaml."""
-    listed = {row["path"] for table in metadata["splits"].values() for row in table["shards"]}
-    for tar in _tars(found.root):
-        name = tar.relative_to(found.root).as_posix()
+    listed = {row[name] for table in metadata["splits"].values() for row in table["shards"] for name in ("path", "index")}
+    for file in (*_files(found.root, ".tar"), *_files(found.root, ".safetensors")):
+        name = file.relative_to(found.root).as_posix()
         if name not in listed:
-            found.wrong(name, f"only the shards of {DATASET}", "another one", "move it away, or take it in with `rinr index`")
+            found.wrong(name, f"only the shards and indexes of {DATASET}", "another one", "move it away, or bring both in line with `rinr index`")
     whole_so_far = not found.damage
     for split, table in metadata["splits"].items():
         for what, count in (("samples", found.samples[split]), ("objects", found.objects[split])):

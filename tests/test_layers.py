@@ -27,7 +27,8 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "image": {"errors", "source"},
     # bytes: numpy only, so that a bundle can be looked at anywhere
     "bundle": {"errors"},
-    "index": {"bundle"},
+    "index_check": {"bundle"},
+    "index": {"index_check"},
     "writer": {"index", "source"},
     "reader": {"index"},
     # where pixels and boxes go
@@ -45,10 +46,11 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     # the way into a training loop
     "plan": {"index", "rng"},
     "pipeline": {"boxes", "color", "decode", "plan"},
-    "dataset": {"pipeline"},
+    "dataset": {"pipeline", "source"},
     "loader": {"dataset"},
     # jobs
-    "convert": {"encode", "writer"},
+    "annotations": {"errors", "source"},
+    "convert": {"annotations", "encode", "writer"},
     "pictures": {"dataset"},
     "sheet": set(),
     "info": {"pictures", "sheet"},
@@ -60,7 +62,7 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "scenes": {"errors"},
     "console": set(),
     # what users import from the package itself
-    "__init__": {"loader"},
+    "__init__": {"convert", "loader"},
     # the ends: nothing stands on them
     "converters": {"__init__", "errors", "source"},
     "integrations": {"__init__", "boxes", "color", "crops", "decode", "mosaic"},
@@ -82,7 +84,7 @@ OWNED = {
     "webdataset": r"integrations/webdataset\w*\.py",
     "lightning": r"integrations/lightning\w*\.py",
 }
-TORCHLESS = {"errors", "source", "bundle", "index"}
+TORCHLESS = {"errors", "source", "bundle", "index_check", "index"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save"}
 
