@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def decode(
             raise ValueError(f"out: expected shape {(count, 3, height, width)}, got {tuple(out.shape)}")
     if normalize is not None and not dtype.is_floating_point:
         raise ValueError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
-    with torch.no_grad(), _full_precision(buffer.device):
+    with torch.no_grad(), full_precision(buffer.device):
         view = _stored_view(buffer, placements.to(buffer.device))
         pixels = torch.zeros(count * height * width, 3, device=buffer.device)
         covered = torch.zeros(count * height * width, dtype=torch.bool, device=buffer.device)
@@ -143,15 +144,22 @@ def whole(buffer: ShardBuffer, size: tuple[int, int]) -> Placements:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """float32 as it is written: no autocast, no TF32, whatever the caller has chosen for training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # One setting a backend: torch refuses to tell the precision of all of them where a caller has set only one.
+    backends: Any = torch.backends
+    places = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [(place, place.fp32_precision) for place in places if place.fp32_precision not in ("none", "ieee")]
     try:
+        for place, _ in before:
+            place.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in before:
+            place.fp32_precision = "none"  # as inherited, where that is the same
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
 
 
 def _stored_view(buffer: ShardBuffer, placements: Placements) -> _View:
