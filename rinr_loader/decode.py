@@ -178,9 +178,7 @@ def _levels(buffer: ShardBuffer, view: _View, size: tuple[int, int], antialias: 
     """
     samples = torch.ones(len(view.output), dtype=torch.int64, device=buffer.device)
     if antialias:
-        # Stored pixels per output pixel along both output axes, at the origin: exact for affine matrices.
-        scale = view.matrix[:, :2, :2].square().sum(1).sqrt().amax(1) / view.matrix[:, 2, 2].abs()
-        samples = (scale - 1e-3).ceil().clamp(1, MAX_SAMPLES).long()
+        samples = (_scale(view) - 1e-3).ceil().clamp(1, MAX_SAMPLES).long()
     first, last = buffer.network_start[view.sample], buffer.network_start[view.sample + 1]
     placement = torch.arange(len(view.output), device=buffer.device)
     yield _reach(buffer, view, _Jobs(first, placement, first.new_zeros(len(first), 4), samples), size)
@@ -196,17 +194,30 @@ def _levels(buffer: ShardBuffer, view: _View, size: tuple[int, int], antialias: 
         yield _reach(buffer, view, residuals, size)
 
 
+def _scale(view: _View) -> Tensor:
+    """Stored pixels per output pixel, the larger of both axes, in the middle of what each placement may show: exact for affine matrices."""
+    matrix, middle = view.matrix.double(), (view.clip[:, :2] + view.clip[:, 2:]).double() / 2
+    there = torch.linalg.inv(matrix)[:, 2:] @ torch.nn.functional.pad(middle, (0, 1), value=1.0)[:, :, None]  # [M, 1, 1] 1 / third coordinate
+    slope = (matrix[:, :2, :2] - middle[:, :, None] * matrix[:, 2:, :2]) * there
+    scale: Tensor = slope.square().sum(1).sqrt().amax(1)
+    return scale
+
+
 def _reach(buffer: ShardBuffer, view: _View, jobs: _Jobs, size: tuple[int, int]) -> _Jobs:
     """Give each job the box of output pixels that it can reach; leave out those that reach none."""
     clip, rect, matrix = view.clip[jobs.placement], buffer.rect[jobs.network], view.matrix[jobs.placement]
     seen = torch.cat([torch.maximum(clip[:, :2], rect[:, :2]), torch.minimum(clip[:, 2:], rect[:, 2:])], 1)
     corners = seen[:, [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(1, (4, 2))  # [J, 4, 2]
     corners = torch.cat([corners, torch.ones_like(corners[..., :1])], 2).double() @ torch.linalg.inv(matrix.double()).transpose(1, 2)
-    corners = corners[..., :2] / corners[..., 2:]
+    depth = corners[..., 2:]
+    corners = corners[..., :2] / depth
     # One pixel more on each side: with several points a pixel, one can fall in although the centre does not.
     limit = torch.tensor([size[1], size[0]], device=clip.device)
     low = (corners.amin(1).floor() - 1).clamp(min=0).minimum(limit).long()
     high = (corners.amax(1).ceil() + 1).clamp(min=0).minimum(limit).long()
+    # Perspective may carry a part of the rectangle beyond the horizon: then its corners do not tell where it is.
+    split = (depth.amin(1) <= 0) & (depth.amax(1) >= 0)  # [J, 1]
+    low, high = torch.where(split, 0, low), torch.where(split, limit, high)
     some = (seen[:, 2:] > seen[:, :2]).all(1) & (high > low).all(1)
     return _Jobs(jobs.network, jobs.placement, torch.cat([low, high], 1), jobs.samples)[some]
 
