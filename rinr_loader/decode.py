@@ -2,7 +2,8 @@
 
 A *job* is one network seen through one placement: which output pixels it can reach, a box of them. Jobs of one group are cut into
 tiles of output pixels and evaluated many tiles at a time, so memory stays bounded whatever the batch: besides the result and a
-float32 scratch of `16 * N * H * W` bytes at most, a launch works on `POINTS[device]` points, each with up to `8 * width + 64` bytes.
+float32 scratch of `16 * N * H * W` bytes at most, a launch works on `POINTS[device]` points, each with up to `8 * width + 128` bytes,
+and takes at most as much again for the parameters of its networks.
 """
 
 from __future__ import annotations
@@ -230,12 +231,13 @@ def _evaluate(
         return
     extent = jobs.box[:, 2:] - jobs.box[:, :2]
     area = extent.prod(1)
-    tile = min(TILE, int(area.max()))
+    budget = POINTS["cuda" if area.is_cuda else "cpu"]
+    tile = min(TILE, int(area.max()), max(1, budget // samples**2))
     tiles = (area + tile - 1) // tile
     job = torch.arange(len(area), device=area.device).repeat_interleave(tiles)
     start = (torch.arange(len(job), device=area.device) - (tiles.cumsum(0) - tiles)[job]) * tile
-    budget = POINTS["cuda" if area.is_cuda else "cpu"]
-    at_once = max(1, budget // (tile * samples * samples))
+    # Parameters pass through up to 32 bytes a weight on their way to floats: small tiles of many networks are bounded by those.
+    at_once = max(1, min(budget // (tile * samples**2), budget * (8 * spec.width + 128) // (32 * spec.weights)))
     for chunk in range(0, len(job), at_once):
         these = job[chunk : chunk + at_once]
         distinct, rank = torch.unique_consecutive(these, return_inverse=True)
@@ -334,13 +336,14 @@ def _epilogue(
     normalize: Normalize | None,
     out: Tensor | None,
 ) -> Tensor:
-    """Clamp, fill, normalise, cast and lay out."""
-    images = torch.where(covered[:, None], pixels.clamp_(0, 1), fill / 255).view(*shape, 3).permute(0, 3, 1, 2)
+    """Clamp, fill, normalise, cast and lay out. In place: the scratch is as large as a result in float32."""
+    pixels.clamp_(0, 1).masked_fill_(covered.logical_not_()[:, None], fill / 255)
     if normalize is not None:
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in normalize)
-        images = (images - mean) / std
+        mean, std = (torch.tensor(values, device=pixels.device) for values in normalize)
+        pixels.sub_(mean).div_(std)
     if not dtype.is_floating_point:
-        images = images.mul(255).round_()
+        pixels.mul_(255).round_()
+    images = pixels.view(*shape, 3).permute(0, 3, 1, 2)
     if out is not None:
         return out.copy_(images)
     return images.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
