@@ -67,7 +67,7 @@ def decode(
     """Decode samples into images, each where its placements say.
 
     A pixel is the mean over its sample points of the background plus the residuals there, clamped once, at the end. It shows a
-    placement where its centre falls into the placement's clip rectangle.
+    placement where its centre falls into the placement's clip rectangle. A `direct` network covers what is under it by its mean weight.
 
     Args:
         buffer: Samples in memory; decoding happens on its device.
@@ -274,6 +274,8 @@ def _evaluate_tiles(
         x, y = (column[..., None, None] + step).expand(-1, -1, samples, -1), (row[..., None, None] + step[:, None]).expand(-1, -1, -1, samples)
         points = _map(matrix, x.flatten(1), y.flatten(1))  # [K, 2, T * n * n]
     # Beyond the outermost pixel centres there was nothing to fit, so a network repeats its edge there, as an image does.
+    stored = buffer.stored_size[view.sample[jobs.placement]]
+    points = torch.minimum(points.clamp(min=0.5), stored.flip(1)[:, :, None] - 0.5)
     low, high = rect[:, :2, None], rect[:, 2:, None]
     coordinates = (points.clamp(low + 0.5, high - 0.5) - low) / (high - low) * 2 - 1
     value = siren.forward(parameters, spec, coordinates).mul_(buffer.scale[jobs.network][:, None, None])
@@ -281,7 +283,7 @@ def _evaluate_tiles(
         value = value.add_(0.5)
         weight = None
     else:
-        weight = feather(points, rect, buffer.feather[jobs.network], buffer.stored_size[view.sample[jobs.placement]])
+        weight = feather(points, rect, buffer.feather[jobs.network], stored)
         value = (value + 0.5 if spec.kind == "direct" else value).mul_(weight[:, None])
     value = value.unflatten(2, (-1, samples * samples)).mean(3)  # [K, 3, T]
     target = (view.output[jobs.placement][:, None] * size[0] + row) * size[1] + column
@@ -308,8 +310,9 @@ def feather(points: Tensor, rect: Tensor, width: Tensor, stored_size: Tensor) ->
         Weights in [0, 1], `(K, P)`.
     """
     low, high = points - rect[:, :2, None], rect[:, 2:, None] - points  # [K, 2, P] distance to the edges
-    ramp = width.clamp_min(1e-6)[:, None, None]
-    at_low, at_high = rect[:, :2, None] <= 0, rect[:, 2:, None] >= stored_size.flip(1)[:, :, None]
+    ramp = width[:, None, None]
+    hard = width[:, None, None] <= 0
+    at_low, at_high = hard | (rect[:, :2, None] <= 0), hard | (rect[:, 2:, None] >= stored_size.flip(1)[:, :, None])
     low_weight = torch.where(at_low, (low >= 0).float(), (low / ramp).clamp(0, 1))
     high_weight = torch.where(at_high, (high > 0).float(), (high / ramp).clamp(0, 1))
     return torch.minimum(low_weight, high_weight).amin(1)
