@@ -84,14 +84,14 @@ def decode(
         RGB images, `(N, 3, H, W)`, on the buffer's device.
 
     Raises:
-        ValueError: `normalize` is asked of uint8, or `out` has another shape.
+        ValueError: `normalize` is asked of uint8, or `out` has another shape or too few images.
     """
     count = int(placements.output.max()) + 1 if len(placements) else 0
     height, width = size
     if out is not None:
+        if out.ndim != 4 or out.shape[0] < count or tuple(out.shape[1:]) != (3, height, width):
+            raise ValueError(f"out: expected shape {(count, 3, height, width)} or more images, got {tuple(out.shape)}")
         count, dtype = out.shape[0], out.dtype
-        if tuple(out.shape) != (count, 3, height, width):
-            raise ValueError(f"out: expected shape {(count, 3, height, width)}, got {tuple(out.shape)}")
     if normalize is not None and not dtype.is_floating_point:
         raise ValueError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
     with torch.no_grad(), full_precision(buffer.device):
