@@ -39,21 +39,24 @@ def main() -> None:
     app()
 
 
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors into one line and an exit status."""
+def _command(stopped: str = "stopped") -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Turn errors into one line and an exit status; `stopped` is what Ctrl-C leaves to say."""
 
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except RinrError as error:
-            tell(f"error: {error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            tell("stopped" + ("; the same command again continues where it was" if function is convert_command else ""))
-            raise typer.Exit(130) from None
+    def decorate(function: Callable[P, None]) -> Callable[P, None]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except RinrError as error:
+                tell(f"error: {error}")
+                raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                tell(stopped)
+                raise typer.Exit(130) from None
 
-    return run
+        return run
+
+    return decorate
 
 
 # --- options ---
@@ -134,7 +137,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=_show_ve
 
 
 @app.command("convert")
-@_command
+@_command("stopped; the same command again continues where it was")
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or file of a picture dataset; its format is detected.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="The directory to write; an unfinished conversion there is continued.")],
@@ -191,7 +194,7 @@ def _workers(device: str) -> int:
 
 
 @app.command()
-@_command
+@_command()
 def info(
     dest: Dest,
     worst: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the ten pictures with the lowest PSNR.")] = None,
@@ -203,14 +206,15 @@ def info(
     path = _local(dest, "DEST")
     from rinr_loader import reports
     from rinr_loader.compare import compare_with_jpeg
-    from rinr_loader.converters import open_source
+    from rinr_loader.converters import CONVERTERS, open_source
     from rinr_loader.dataset import RinrDataset
     from rinr_loader.info import describe, draw_worst
 
     about = describe(path)
     compared = []
     if source is not None:
-        found = open_source(_local(source, "--source"), source_format=about.source_format)
+        known = about.source_format if about.source_format in CONVERTERS else None
+        found = open_source(_local(source, "--source"), source_format=known)
         compared = [compare_with_jpeg(RinrDataset(path, split), found, samples=samples) for split in about.splits]
     if worst is not None:
         sheet = draw_worst(about)
@@ -222,7 +226,7 @@ def info(
 
 
 @app.command()
-@_command
+@_command()
 def verify(dest: Dest, device: Device = None, as_json: Json = False) -> None:
     """Check every byte of a dataset and decode every sample; list all damage."""
     path = _local(dest, "DEST")
@@ -237,7 +241,7 @@ def verify(dest: Dest, device: Device = None, as_json: Json = False) -> None:
 
 
 @app.command()
-@_command
+@_command()
 def index(dest: Dest, as_json: Json = False) -> None:
     """Rebuild the indexes and dataset.json from the shards; refuses where a bundle is damaged."""
     path = _local(dest, "DEST")
@@ -251,7 +255,7 @@ def index(dest: Dest, as_json: Json = False) -> None:
 
 
 @app.command()
-@_command
+@_command()
 def export(
     dest: Dest,
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: new, empty, or of an earlier export.")],
@@ -275,7 +279,7 @@ def export(
 
 
 @app.command()
-@_command
+@_command()
 def bench(
     dest: Dest,
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
@@ -301,7 +305,7 @@ def bench(
 
 
 @app.command()
-@_command
+@_command()
 def demo(
     out: Annotated[str, typer.Option(metavar="DIR", help="The folder to write: new, empty, or of an earlier demo.")] = "demo",
     as_json: Json = False,

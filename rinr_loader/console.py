@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 # A plain line of progress comes with each tenth of the work, but no sooner and no later than this many seconds after the last.
 SOONEST, LATEST = 10.0, 300.0
@@ -44,8 +45,8 @@ def result_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:
-            table.add_row(*row)
-        console.print(table, markup=False, highlight=False)
+            table.add_row(*map(Text, row))
+        console.print(table)
         return
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     for row in (columns, *rows):
@@ -96,7 +97,7 @@ class Meter:
         self._told_done = 0
         self._lock = threading.Lock()
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False))
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
         self._task = self._bar.add_task(label, total=None, note="") if self._bar else None
 
@@ -126,12 +127,12 @@ class Meter:
             text = ", ".join([*parts, *([note] if note else [])])
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=done, total=total, note=text)
-            elif self._due(done, total, now):
+            elif self._due(done, total, before, now):
                 self._told, self._told_done = now, done
                 tell(f"{self._label}: {done}/{total} {self._unit}, {text}" if text else f"{self._label}: {done}/{total} {self._unit}")
 
-    def _due(self, done: int, total: int, now: float) -> bool:
-        waited = now - self._told
+    def _due(self, done: int, total: int, before: int, now: float) -> bool:
+        waited, more = now - self._told, done - max(self._told_done, before)
         if done == self._told_done:
             return False
-        return done == total or waited >= LATEST or (waited >= SOONEST and done - self._told_done >= total / 10)
+        return done == total or waited >= LATEST or (waited >= SOONEST and more >= total / 10)
