@@ -18,7 +18,7 @@ from rinr_loader.fit import Schedule
 from rinr_loader.presets import Preset, Settings
 from rinr_loader.source import Sample, Source
 
-TINY = Preset(((2, 8),), Schedule(30, 2e-3, 128), ((float("inf"), 3, 6),), Schedule(20, 3e-3, 64))
+TINY = Preset(((3, 16),), Schedule(80, 5e-3, 512), ((float("inf"), 3, 6),), Schedule(20, 3e-3, 64))
 
 
 def png(pixels: object) -> bytes:
@@ -28,11 +28,13 @@ def png(pixels: object) -> bytes:
     return file.getvalue()
 
 
-def write_shards(dest: Path, samples: Sequence[Sample], *, names: Sequence[str] = (), preset: Preset = TINY, shard_samples: int = 1024) -> Report:
-    """Convert samples with a preset of one's own in the place of `fast`."""
+def write_shards(
+    dest: Path, samples: Sequence[Sample], *, names: Sequence[str] = (), shard_samples: int = 1024, size: tuple[int, int] | None = None
+) -> Report:
+    """Convert samples with a preset that hardly fits at all; `size` is the width and height that they are shrunk to fit inside."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "fast", preset)
-        job = Job(Settings(preset="fast"), shard_samples=shard_samples)
+        patch.setitem(presets.PRESETS, "fast", TINY)
+        job = Job(Settings(preset="fast"), size=size, shard_samples=shard_samples)
         return convert(Source("drawn", samples, tuple(names)), dest, job)
 
 
