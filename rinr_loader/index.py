@@ -140,7 +140,7 @@ def shard_members(path: Path) -> list[tuple[str, int, int]]:
     """Key, first byte and number of bytes of every bundle of a shard, from the tar's headers.
 
     Raises:
-        ShardError: The file is not a tar, is cut off, damaged between its members, or holds a key twice.
+        ShardError: The file is not a tar, is cut off, damaged between its members, or holds a key twice or not in UTF-8.
     """
     found: list[tuple[str, int, int]] = []
     fault = ""
@@ -156,6 +156,8 @@ def shard_members(path: Path) -> list[tuple[str, int, int]]:
         if offset + size > end:
             subject = f"{path.name}:{key}{SUFFIX}"
             raise ShardError(f"{subject}: expected {size} bytes, got {end - offset}; the shard is truncated, fetch or convert it again")
+        if any("\ud800" <= letter <= "\udfff" for letter in key):  # how tarfile gives bytes that are not UTF-8
+            raise ShardError(f"{path.name}: expected names in UTF-8, got {key!a}; convert it again")
         if key in seen:
             raise ShardError(f"{path.name}: expected each key once, got {key!r} twice; convert it again")
         seen.add(key)
