@@ -13,8 +13,8 @@ import torch
 
 from rinr_loader.annotations import annotate
 from rinr_loader.converters import open_source
-from rinr_loader.encode import Picture
 from rinr_loader.image import read_image
+from rinr_loader.picture import Picture
 from rinr_loader.source import Sample
 
 RESULTS = Path(__file__).resolve().parent / "results"

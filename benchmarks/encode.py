@@ -18,8 +18,8 @@ from common import write_result
 from torch import Tensor, nn
 
 from rinr_loader.bundle import NetworkSpec
-from rinr_loader.encode import SLOTS_CUDA
 from rinr_loader.fit import CHUNK, Schedule, Task, fit
+from rinr_loader.lanes import SLOTS_CUDA
 
 SHAPES = (NetworkSpec("background", 10, 28, "float16"), NetworkSpec("residual", 3, 10, "float16"))
 PIXELS = (256, 1024, 4096)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from rinr_loader.convert import Job, convert
 from rinr_loader.dataset import RinrDataset
-from rinr_loader.encode import Picture
+from rinr_loader.picture import Picture
 from rinr_loader.presets import PRESETS, Mode, PresetName, Settings
 from rinr_loader.quality import psnr
 from rinr_loader.source import Sample, Source

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from rinr_loader import encode
 from rinr_loader.bundle import NetworkSpec
 from rinr_loader.codecs import siren
-from rinr_loader.encode import Picture
 from rinr_loader.fit import Schedule, Task, fit, psnr_of
+from rinr_loader.picture import Picture
 from rinr_loader.presets import LR_LIMIT, PRESETS, Settings
 
 
@@ -49,7 +48,7 @@ def compare(job: tuple[Picture, NetworkSpec, Schedule]) -> dict[str, float]:
     weights = {}
     for dtype in ("float16", "int8"):
         shape = replace(spec, dtype=dtype)  # type: ignore[arg-type]
-        fitted = fit([partial(encode._given, task)], shape, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0]
+        fitted = fit([lambda: task], shape, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0]
         weights[dtype] = siren.parameters_of([fitted.weights], shape)
     best = weights["float16"]
     by_row = siren.round_as_stored(best, spec, siren.expand_rows(siren.row_scales(best, spec), spec))

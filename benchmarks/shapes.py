@@ -18,10 +18,12 @@ from common import dac_frames, picture, write_result
 
 from rinr_loader import encode
 from rinr_loader.bundle import Network, NetworkSpec
-from rinr_loader.encode import JPEG_QUALITY, Picture
+from rinr_loader.encode import JPEG_QUALITY
 from rinr_loader.fit import Schedule, fit
+from rinr_loader.picture import Picture
 from rinr_loader.presets import LR_LIMIT, Settings
 from rinr_loader.quality import jpeg_bytes
+from rinr_loader.residuals import place_residuals, residual_task
 
 CPU = torch.device("cpu")
 BACKGROUNDS = ((5, 24), (5, 32), (5, 48), (5, 64), (10, 28))
@@ -39,12 +41,12 @@ def background(job: tuple[Picture, NetworkSpec, Schedule]) -> tuple[float, Netwo
 def residual(job: tuple[Picture, Network, NetworkSpec, Schedule]) -> tuple[float, float]:
     torch.set_num_threads(1)
     frame, under, spec, schedule = job
-    placed = encode.place_residuals(frame, Settings(preset="paper"), torch.Generator().manual_seed(0))[0]
-    task = encode._residual_task(frame, replace(placed, spec=spec), [under], Settings(), CPU)
+    placed = place_residuals(frame, torch.Generator().manual_seed(0))[0]
+    task = residual_task(frame, placed, [under], Settings("paper"), CPU)
     if task is None:
         raise RuntimeError("without a target there is always something to fit")
     schedule = replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3))
-    return task.psnr_without, fit([partial(encode._given, task)], spec, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0].psnr
+    return task.psnr_without, fit([lambda: task], spec, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0].psnr
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rinr_loader.convert import mean_of
 from rinr_loader.dataset import RinrDataset
 from rinr_loader.errors import ConfigError, ConvertError
 from rinr_loader.image import fit_inside, read_image
-from rinr_loader.quality import box_mask, jpeg_bytes, psnr
+from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
 from rinr_loader.source import Sample, Source
 
 QUALITIES = (10, 25, 50, 75, 95)

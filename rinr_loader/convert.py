@@ -6,7 +6,6 @@ and a report. A unit whose files are there and whose sources have not changed is
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,68 +15,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from rinr_loader.annotations import annotate, sidecar
-from rinr_loader.bundle import VERSION, parse
-from rinr_loader.encode import Picture, check_device, encode_unit
 from rinr_loader.errors import ConfigError, ConvertError
-from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
-from rinr_loader.index import SUFFIX, ShardIndex, encode_key, load_index
-from rinr_loader.presets import Settings
-from rinr_loader.source import SPLITS, Problem, Sample, Source
-from rinr_loader.writer import (
-    DATASET,
-    data_yaml,
-    describe_dataset,
-    describe_shard,
-    dump_json,
-    member,
-    read_tar,
-    write_bytes,
-    write_index,
-    write_tar,
-)
+from rinr_loader.index import ShardIndex, load_index
+from rinr_loader.lanes import check_device
+from rinr_loader.quality import mean_of
+from rinr_loader.source import Problem, Source
+from rinr_loader.units import Job, Unit, UnitReport, encode_and_store, encode_samples, is_unchanged, load_report, plan_units
+from rinr_loader.writer import DATASET, data_yaml, describe_dataset, describe_shard, dump_json, read_tar, write_bytes, write_index, write_tar
 
-UNIT = 64  # samples that are fitted together
+__all__ = ["REPORT", "Estimate", "Job", "Progress", "Report", "convert", "estimate"]
+
 WORK = ".rinr"
 REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything besides the samples that a conversion's bytes depend on.
-
-    Args:
-        settings: Of the encoder.
-        size: Width and height that pictures are shrunk to fit inside; None keeps them.
-        shard_samples: Samples in a shard.
-        val_residuals: Encode val and test with residuals, as train; by default they are encoded blind to their labels.
-        device: Where to fit, `cpu` or `cuda`.
-    """
-
-    settings: Settings = field(default_factory=Settings)
-    size: tuple[int, int] | None = None
-    shard_samples: int = 1024
-    val_residuals: bool = False
-    device: str = "cpu"
-
-    def describe(self) -> dict[str, Any]:
-        """As stored in `dataset.json`."""
-        build = {"torch": torch.__version__, "device": torch.device(self.device).type, "format": VERSION}
-        return {"family": "siren", **dataclasses.asdict(self.settings), **_but_settings(self), **build}
-
-
-def _but_settings(job: Job) -> dict[str, Any]:
-    size = None if job.size is None else list(job.size)
-    return {"size": size, "shard_samples": job.shard_samples, "val_residuals": job.val_residuals}
 
 
 @dataclass(frozen=True)
@@ -115,29 +71,6 @@ class Report:
     object_psnr: float | None
     bytes: int
     source_bytes: int
-
-
-@dataclass(frozen=True)
-class _Unit:
-    name: str
-    shard: str
-    split: str
-    samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True)
-class _UnitReport:
-    """What is remembered of a finished unit beside its members."""
-
-    print: str  # of the annotations that went in
-    hashes: list[str]  # of the source files
-    problems: list[list[str]]
-    dropped: dict[str, int]
-    samples: int
-    bytes: int
-    source_bytes: int
-    psnr: list[float]
-    object_psnr: list[float]
 
 
 def convert(
@@ -181,38 +114,6 @@ def convert(
         _assemble(source, dest, work, job, units)
         _clean(dest)
     return _report(dest, time.monotonic() - started)
-
-
-def plan_units(samples: Sequence[Sample], shard_samples: int) -> list[_Unit]:
-    """Deal samples to shards and units, in order; fixed before anything is encoded.
-
-    Raises:
-        ConvertError: There are no samples, a key stands twice, or a key is too long for a tar.
-        ValueError: `shard_samples` is below 1.
-    """
-    if shard_samples < 1:
-        raise ValueError(f"shard_samples: expected at least 1, got {shard_samples}")
-    if not samples:
-        raise ConvertError("source: expected at least one picture, got none; check the path and --source-format")
-    units = []
-    for split in SPLITS:
-        mine = [sample for sample in samples if sample.split == split]
-        _check_keys(split, mine)
-        for first in range(0, len(mine), shard_samples):
-            shard = f"{split}-{first // shard_samples:06d}"
-            members = mine[first : first + shard_samples]
-            units += [_Unit(f"{shard}-{i // UNIT:04d}", shard, split, tuple(members[i : i + UNIT])) for i in range(0, len(members), UNIT)]
-    return units
-
-
-def _check_keys(split: str, samples: Sequence[Sample]) -> None:
-    seen: dict[str, str] = {}
-    for sample in samples:
-        key = encode_key(sample.key)
-        member(key + SUFFIX)
-        other = seen.setdefault(key.casefold(), sample.key)
-        if other is not sample.key:
-            raise ConvertError(f"{split}: expected keys that differ in more than case, got {other!r} and {sample.key!r}; rename one of the files")
 
 
 def _fingerprint(source: Source, job: Job) -> dict[str, Any]:
@@ -270,7 +171,7 @@ def _strict(problem: Problem) -> ConvertError:
 class _Run:
     """Encodes the units that are not finished yet and keeps count."""
 
-    def __init__(self, work: Path, job: Job, units: Sequence[_Unit], strict: bool, on_progress: Callable[[Progress], None] | None) -> None:
+    def __init__(self, work: Path, job: Job, units: Sequence[Unit], strict: bool, on_progress: Callable[[Progress], None] | None) -> None:
         self.work, self.job, self.units, self.strict, self.on_progress = work, job, units, strict, on_progress
         self.done = self.resumed = self.bytes = 0
         self.psnr: list[float] = []
@@ -280,8 +181,8 @@ class _Run:
             leftover.unlink()
         waiting = []
         for unit in self.units:
-            report = _load(self.work, unit)
-            if report is not None and _unchanged(unit, report):
+            report = load_report(self.work, unit)
+            if report is not None and is_unchanged(unit, report):
                 self.resumed += len(unit.samples)
                 self._count(unit, report, len(unit.samples))
             else:
@@ -296,7 +197,7 @@ class _Run:
         else:
             self._run_processes(waiting, workers)
 
-    def _run_processes(self, waiting: Sequence[_Unit], workers: int) -> None:
+    def _run_processes(self, waiting: Sequence[Unit], workers: int) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         before = set(active_children())
         # Spawned, not forked: a forked child inherits locks of torch's threads.
@@ -320,7 +221,7 @@ class _Run:
         self.done += 1
         self._tell()
 
-    def _count(self, unit: _Unit, report: _UnitReport, samples: int) -> None:
+    def _count(self, unit: Unit, report: UnitReport, samples: int) -> None:
         if self.strict and report.problems:
             raise _strict(Problem(*report.problems[0]))
         self.done += samples
@@ -334,106 +235,7 @@ class _Run:
             self.on_progress(Progress(self.done, sum(len(u.samples) for u in self.units), self.resumed, self.bytes, mean))
 
 
-def encode_and_store(unit: _Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None) -> _UnitReport:
-    """Encode one unit and store its members and its report in the working folder, the members last."""
-    report, members = encode_samples(unit, job, threads, on_background)
-    write_bytes(work / f"{unit.name}.json", dump_json(dataclasses.asdict(report)))
-    write_tar(work / f"{unit.name}.tar", members)
-    return report
-
-
-def encode_samples(
-    unit: _Unit, job: Job, threads: int | None, on_background: Callable[[], None] | None
-) -> tuple[_UnitReport, list[tuple[str, bytes]]]:
-    """Encode one unit: its report and its tar members."""
-    pictures: list[Picture] = []
-    read: list[tuple[str, dict[str, object]]] = []
-    problems: list[list[str]] = []
-    dropped: Counter[str] = Counter()
-    hashes, source_bytes = [], 0
-    for sample in unit.samples:
-        subject = _subject(sample)
-        try:
-            image = read_image(sample.image)
-            height, width = image.pixels.shape[:2]
-            annotations = annotate(sample, width, height)
-        except ConvertError as error:
-            problems.append([subject, str(error)])
-            hashes.append(_hash(sample))
-            continue
-        hashes.append(image.source_hash.hex())
-        source_bytes += image.source_bytes
-        dropped.update(annotations.dropped)
-        problems += [[subject, f"{count} box(es) {reason}"] for reason, count in sorted(annotations.dropped.items())]
-        read.append((encode_key(sample.key), sidecar(sample, annotations)))
-        pictures.append(
-            Picture(
-                pixels=fit_inside(image.pixels, job.size),
-                source_size=(height, width),
-                boxes=annotations.boxes,
-                classes=annotations.classes,
-                crowd=annotations.crowd,
-                label=sample.label,
-                source_hash=image.source_hash,
-                blind=sample.split != "train" and not job.val_residuals,
-            )
-        )
-    bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background)
-    members: list[tuple[str, bytes]] = []
-    for (key, extra), bundle in zip(read, bundles, strict=True):
-        members.append((key + SUFFIX, bundle))
-        if extra:
-            members.append((f"{key}.json", json.dumps(extra, sort_keys=True).encode()))
-    parsed = [parse(bundle) for bundle in bundles]
-    report = _UnitReport(
-        print=_print(unit),
-        hashes=hashes,
-        problems=problems,
-        dropped=dict(dropped),
-        samples=len(bundles),
-        bytes=sum(len(data) for _, data in members),
-        source_bytes=source_bytes,
-        psnr=[b.psnr for b in parsed if b.psnr is not None],
-        object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
-    )
-    return report, members
-
-
-def _subject(sample: Sample) -> str:
-    """What a report calls a sample: not its path, which differs between machines."""
-    return f"{sample.split}/{sample.key}" + (sample.image.suffix if isinstance(sample.image, Path) else "")
-
-
-def _hash(sample: Sample) -> str:
-    """Hash of a sample's source file, also where it cannot be read as a picture."""
-    try:
-        return hash_of(read_bytes(sample.image)).hex()
-    except ConvertError:
-        return ""
-
-
-def _print(unit: _Unit) -> str:
-    """A hash of a unit's annotations."""
-    digest = hashlib.sha256()
-    for s in unit.samples:
-        crowd = b"" if s.crowd is None else s.crowd.tobytes()
-        about = json.dumps([s.key, s.label, s.relative, s.declared_size, s.extra], sort_keys=True, default=str).encode()
-        digest.update(b"".join((about, s.boxes.tobytes(), s.classes.tobytes(), crowd)))
-    return digest.hexdigest()[:16]
-
-
-def _load(work: Path, unit: _Unit) -> _UnitReport | None:
-    """The report of a unit, None where it is not finished: the tar is written last."""
-    if not (work / f"{unit.name}.tar").exists():
-        return None
-    return _UnitReport(**json.loads((work / f"{unit.name}.json").read_bytes()))
-
-
-def _unchanged(unit: _Unit, report: _UnitReport) -> bool:
-    return report.print == _print(unit) and report.hashes == [_hash(sample) for sample in unit.samples]
-
-
-def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[_Unit]) -> None:
+def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[Unit]) -> None:
     """Join units to shards, then describe them; `dataset.json` comes last and makes the directory a dataset."""
     splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
     for split, shard in dict.fromkeys((unit.split, unit.shard) for unit in units):
@@ -448,7 +250,7 @@ def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[
         else:  # none of its pictures could be read
             path.unlink()
             path.with_suffix(".safetensors").unlink()
-    reports = [report for unit in units if (report := _load(work, unit))]
+    reports = [report for unit in units if (report := load_report(work, unit))]
     problems = [[p.subject, p.reason] for p in source.problems] + [problem for report in reports for problem in report.problems]
     if not splits:
         raise ConvertError(f"source: expected at least one readable picture, got none ({problems[0][0]}: {problems[0][1]}); check the files")
@@ -482,12 +284,6 @@ def _report(dest: Path, seconds: float) -> Report:
     )
 
 
-def mean_of(columns: Sequence[NDArray[np.float32]]) -> float | None:
-    """Mean over all columns without their NaNs; None where nothing is left."""
-    values = np.concatenate([column[np.isfinite(column)] for column in columns]) if columns else np.zeros(0)
-    return float(values.mean(dtype=np.float64)) if len(values) else None
-
-
 @dataclass(frozen=True)
 class Estimate:
     """What a conversion should cost, extrapolated from a few samples: hours on this machine, bytes of bundles, mean PSNR in dB."""
@@ -510,7 +306,7 @@ def estimate(source: Source, job: Job | None = None, *, samples: int = 8) -> Est
     plan_units(source.samples, job.shard_samples)  # the same checks as a conversion
     chosen = [source.samples[i] for i in sorted(set(np.linspace(0, len(source.samples) - 1, samples).round().astype(int).tolist()))]
     started = time.monotonic()
-    report, _ = encode_samples(_Unit("estimate", "estimate", "train", tuple(chosen)), job, None, None)
+    report, _ = encode_samples(Unit("estimate", "estimate", "train", tuple(chosen)), job, None, None)
     if not report.samples:
         raise ConvertError(f"source: expected readable pictures, got none of {len(chosen)} tried ({report.problems[0][1]}); check the files")
     each = (time.monotonic() - started) / report.samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rinr_loader.bundle import Dtype, NetworkSpec
+from rinr_loader.bundle import Dtype, Kind, NetworkSpec
 from rinr_loader.fit import Schedule
 
 Mode = Literal["qre", "re", "de", "be", "bs"]
@@ -22,29 +22,40 @@ class Preset:
     Args:
         backgrounds: Depth and width of the backgrounds, from small to large: the ladder.
         background: How a background is fitted.
-        residuals: Largest box area in stored pixels, depth and width of each class of residuals: a ladder too. A residual that misses its
-            target is fitted once more, a step up.
+        residuals: Depth and width of the residuals, from small to large.
+        residual_areas: Largest box area in stored pixels of each class of residuals but the last, for fits without a target.
         residual: How a residual is fitted.
+        object_psnr: Target in dB inside label boxes where none is given; None runs every step.
     """
 
     backgrounds: tuple[tuple[int, int], ...]
     background: Schedule
-    residuals: tuple[tuple[float, int, int], ...]
+    residuals: tuple[tuple[int, int], ...]
+    residual_areas: tuple[float, ...]
     residual: Schedule
+    object_psnr: float | None = None
 
 
 # Residual-INR, ICCAD'24: classes by box area. The seeds' learning rate is for 10,000 steps; shorter fits need a higher one.
-PAPER_RESIDUALS = ((1000.0, 3, 10), (3000.0, 3, 15), (10000.0, 5, 17), (float("inf"), 5, 24))
+PAPER_RESIDUALS = ((3, 10), (3, 15), (5, 17), (5, 24))
+PAPER_AREAS = (1000.0, 3000.0, 10000.0)
 # At equal bytes, five wide layers are 0.7 to 1.3 dB ahead of ten narrow ones and fit 1.3 times as fast (benchmarks/shapes.py).
 LADDER = ((5, 24), (5, 32), (5, 48), (5, 64))
-# The paper's 283 weights leave most DAC-SDC objects near 26 dB; 1,400 bring those below 1,000 pixels to 36 (benchmarks/shapes.py).
-RESIDUALS = ((400.0, 3, 16), (1000.0, 4, 20), (3000.0, 4, 32), (10000.0, 5, 40), (float("inf"), 5, 48))
+# By target: the paper's 283 weights leave most DAC-SDC objects near 26 dB, 1,400 bring those below 1,000 pixels to 36, and an object
+# that the background already gives well needs few.
+RESIDUALS = ((3, 10), (3, 16), (4, 20), (4, 32), (5, 40))
+OBJECT_PSNR = 35.0
+
+
+def _preset(background: Schedule, residual: Schedule) -> Preset:
+    return Preset(LADDER, background, RESIDUALS, (*PAPER_AREAS, float("inf")), residual, OBJECT_PSNR)
+
 
 PRESETS: dict[PresetName, Preset] = {
-    "paper": Preset(((10, 28),), Schedule(10_000, 2e-4, 8192), PAPER_RESIDUALS, Schedule(10_000, 2e-4, 1024)),
-    "fast": Preset(LADDER, Schedule(600, 2e-3, 1024), RESIDUALS, Schedule(500, 3e-3, 256)),
-    "balanced": Preset(LADDER, Schedule(2_000, 2e-3, 2048), RESIDUALS, Schedule(1_500, 3e-3, 512)),
-    "best": Preset(LADDER, Schedule(8_000, 2e-3, 4096), RESIDUALS, Schedule(5_000, 2e-3, 1024)),
+    "paper": Preset(((10, 28),), Schedule(10_000, 2e-4, 8192), PAPER_RESIDUALS, PAPER_AREAS, Schedule(10_000, 2e-4, 1024)),
+    "fast": _preset(Schedule(600, 2e-3, 1024), Schedule(500, 3e-3, 256)),
+    "balanced": _preset(Schedule(2_000, 2e-3, 2048), Schedule(1_500, 3e-3, 512)),
+    "best": _preset(Schedule(8_000, 2e-3, 4096), Schedule(5_000, 2e-3, 1024)),
 }
 
 
@@ -57,7 +68,8 @@ class Settings:
         mode: What is stored, as in Residual-INR's table: `qre` int8 background and 16-bit residuals, `re` both in 16 bits, `de` objects as
             networks of their own colour instead of residuals, `be` no objects, `bs` no objects and a wider background.
         target_psnr: PSNR in dB of the whole picture at which a background is good enough; None runs every step.
-        object_psnr: PSNR in dB inside a label box at which a residual is good enough; None runs every step.
+        object_psnr: PSNR in dB inside a label box at which a residual is good enough; None takes the preset's: 35, but for `paper`,
+            which runs every step.
         seed: Of all randomness.
         half: Fit with float16 matrix products (CUDA only).
     """
@@ -80,18 +92,24 @@ class Settings:
         shapes = PRESETS[self.preset].backgrounds
         return tuple(NetworkSpec("background", depth, round(width * widen), dtype) for depth, width in shapes)
 
-    def residual_spec(self, area: float) -> NetworkSpec:
-        """Shape of the residual of a box of `area` stored pixels."""
-        return self._residual(next(i for i, (limit, *_) in enumerate(PRESETS[self.preset].residuals) if area <= limit))
+    @property
+    def object_target(self) -> float | None:
+        """PSNR in dB that a residual is fitted to."""
+        return PRESETS[self.preset].object_psnr if self.object_psnr is None else self.object_psnr
+
+    def residual_ladder(self) -> tuple[NetworkSpec, ...]:
+        """Shapes a residual can have, from small to large."""
+        kind: Kind = "direct" if self.mode == "de" else "residual"
+        return tuple(NetworkSpec(kind, depth, width, "float16") for depth, width in PRESETS[self.preset].residuals)
+
+    def residual_class(self, area: float) -> NetworkSpec:
+        """Shape of the residual of a box of `area` stored pixels, where no target decides."""
+        return self.residual_ladder()[sum(area > limit for limit in PRESETS[self.preset].residual_areas)]
 
     def larger_residual(self, spec: NetworkSpec) -> NetworkSpec | None:
         """The next step of the ladder of residuals, None at its end."""
-        steps = [self._residual(i) for i in range(len(PRESETS[self.preset].residuals))]
-        return next(iter(steps[steps.index(spec) + 1 :]), None)
-
-    def _residual(self, step: int) -> NetworkSpec:
-        _, depth, width = PRESETS[self.preset].residuals[step]
-        return NetworkSpec("direct" if self.mode == "de" else "residual", depth, width, "float16")
+        ladder = self.residual_ladder()
+        return next(iter(ladder[ladder.index(spec) + 1 :]), None)
 
     def background_schedule(self, spec: NetworkSpec) -> Schedule:
         return _for_shape(PRESETS[self.preset].background, spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +46,9 @@ def jpeg_bytes(pixels: Pixels, quality: int) -> int:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.tell()
+
+
+def mean_of(columns: Sequence[NDArray[np.float32]]) -> float | None:
+    """Mean over all columns without their NaNs; None where nothing is left."""
+    values = np.concatenate([column[np.isfinite(column)] for column in columns]) if columns else np.zeros(0)
+    return float(values.mean(dtype=np.float64)) if len(values) else None

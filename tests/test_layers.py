@@ -42,7 +42,10 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "fit": {"codecs"},
     "presets": {"fit"},
     "decode": {"codecs", "geometry", "reader"},
-    "encode": {"decode", "image", "presets", "quality", "rng", "source"},  # a fit is judged by the decoder itself
+    "picture": {"quality"},
+    "lanes": {"decode", "fit"},
+    "residuals": {"decode", "lanes", "picture", "presets"},
+    "encode": {"residuals"},  # a fit is judged by the decoder itself
     # the way into a training loop
     "plan": {"index", "rng"},
     "pipeline": {"boxes", "color", "decode", "plan"},
@@ -50,7 +53,8 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "loader": {"dataset"},
     # jobs
     "annotations": {"errors", "source"},
-    "convert": {"annotations", "encode", "writer"},
+    "units": {"annotations", "encode", "image", "writer"},
+    "convert": {"units"},
     "pictures": {"dataset"},
     "sheet": set(),
     "info": {"pictures", "sheet"},

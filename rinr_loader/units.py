@@ -1,0 +1,211 @@
+"""Units: the samples that are fitted together. Planned before anything is encoded, encoded alone, stored whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rinr_loader.annotations import annotate, sidecar
+from rinr_loader.bundle import VERSION, parse
+from rinr_loader.encode import encode_unit
+from rinr_loader.errors import ConvertError
+from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
+from rinr_loader.index import SUFFIX, encode_key
+from rinr_loader.picture import Picture
+from rinr_loader.presets import Settings
+from rinr_loader.source import SPLITS, Sample
+from rinr_loader.writer import dump_json, member, write_bytes, write_tar
+
+UNIT = 64  # samples that are fitted together
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything besides the samples that a conversion's bytes depend on.
+
+    Args:
+        settings: Of the encoder.
+        size: Width and height that pictures are shrunk to fit inside; None keeps them.
+        shard_samples: Samples in a shard.
+        val_residuals: Encode val and test with residuals, as train; by default they are encoded blind to their labels.
+        device: Where to fit, `cpu` or `cuda`.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    size: tuple[int, int] | None = None
+    shard_samples: int = 1024
+    val_residuals: bool = False
+    device: str = "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        """As stored in `dataset.json`."""
+        build = {"torch": torch.__version__, "device": torch.device(self.device).type, "format": VERSION}
+        return {"family": "siren", **dataclasses.asdict(self.settings), **_but_settings(self), **build}
+
+
+def _but_settings(job: Job) -> dict[str, Any]:
+    size = None if job.size is None else list(job.size)
+    return {"size": size, "shard_samples": job.shard_samples, "val_residuals": job.val_residuals}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive samples of one shard, at most 64."""
+
+    name: str
+    shard: str
+    split: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What is remembered of a finished unit beside its members."""
+
+    print: str  # of the annotations that went in
+    hashes: list[str]  # of the source files
+    problems: list[list[str]]
+    dropped: dict[str, int]
+    samples: int
+    bytes: int
+    source_bytes: int
+    psnr: list[float]
+    object_psnr: list[float]
+
+
+def plan_units(samples: Sequence[Sample], shard_samples: int) -> list[Unit]:
+    """Deal samples to shards and units, in order; fixed before anything is encoded.
+
+    Raises:
+        ConvertError: There are no samples, a key stands twice, or a key is too long for a tar.
+        ValueError: `shard_samples` is below 1.
+    """
+    if shard_samples < 1:
+        raise ValueError(f"shard_samples: expected at least 1, got {shard_samples}")
+    if not samples:
+        raise ConvertError("source: expected at least one picture, got none; check the path and --source-format")
+    units = []
+    for split in SPLITS:
+        mine = [sample for sample in samples if sample.split == split]
+        _check_keys(split, mine)
+        for first in range(0, len(mine), shard_samples):
+            shard = f"{split}-{first // shard_samples:06d}"
+            members = mine[first : first + shard_samples]
+            units += [Unit(f"{shard}-{i // UNIT:04d}", shard, split, tuple(members[i : i + UNIT])) for i in range(0, len(members), UNIT)]
+    return units
+
+
+def _check_keys(split: str, samples: Sequence[Sample]) -> None:
+    seen: dict[str, str] = {}
+    for sample in samples:
+        key = encode_key(sample.key)
+        member(key + SUFFIX)
+        other = seen.setdefault(key.casefold(), sample.key)
+        if other is not sample.key:
+            raise ConvertError(f"{split}: expected keys that differ in more than case, got {other!r} and {sample.key!r}; rename one of the files")
+
+
+def encode_and_store(unit: Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None) -> UnitReport:
+    """Encode one unit and store its members and its report in the working folder, the members last."""
+    report, members = encode_samples(unit, job, threads, on_background)
+    write_bytes(work / f"{unit.name}.json", dump_json(dataclasses.asdict(report)))
+    write_tar(work / f"{unit.name}.tar", members)
+    return report
+
+
+def encode_samples(unit: Unit, job: Job, threads: int | None, on_background: Callable[[], None] | None) -> tuple[UnitReport, list[tuple[str, bytes]]]:
+    """Encode one unit: its report and its tar members."""
+    pictures: list[Picture] = []
+    read: list[tuple[str, dict[str, object]]] = []
+    problems: list[list[str]] = []
+    dropped: Counter[str] = Counter()
+    hashes, source_bytes = [], 0
+    for sample in unit.samples:
+        subject = _subject(sample)
+        try:
+            image = read_image(sample.image)
+            height, width = image.pixels.shape[:2]
+            annotations = annotate(sample, width, height)
+        except ConvertError as error:
+            problems.append([subject, str(error)])
+            hashes.append(_hash(sample))
+            continue
+        hashes.append(image.source_hash.hex())
+        source_bytes += image.source_bytes
+        dropped.update(annotations.dropped)
+        problems += [[subject, f"{count} box(es) {reason}"] for reason, count in sorted(annotations.dropped.items())]
+        read.append((encode_key(sample.key), sidecar(sample, annotations)))
+        pictures.append(
+            Picture(
+                pixels=fit_inside(image.pixels, job.size),
+                source_size=(height, width),
+                boxes=annotations.boxes,
+                classes=annotations.classes,
+                crowd=annotations.crowd,
+                label=sample.label,
+                source_hash=image.source_hash,
+                blind=sample.split != "train" and not job.val_residuals,
+            )
+        )
+    bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background)
+    members: list[tuple[str, bytes]] = []
+    for (key, extra), bundle in zip(read, bundles, strict=True):
+        members.append((key + SUFFIX, bundle))
+        if extra:
+            members.append((f"{key}.json", json.dumps(extra, sort_keys=True).encode()))
+    parsed = [parse(bundle) for bundle in bundles]
+    report = UnitReport(
+        print=_print(unit),
+        hashes=hashes,
+        problems=problems,
+        dropped=dict(dropped),
+        samples=len(bundles),
+        bytes=sum(len(data) for _, data in members),
+        source_bytes=source_bytes,
+        psnr=[b.psnr for b in parsed if b.psnr is not None],
+        object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
+    )
+    return report, members
+
+
+def _subject(sample: Sample) -> str:
+    """What a report calls a sample: not its path, which differs between machines."""
+    return f"{sample.split}/{sample.key}" + (sample.image.suffix if isinstance(sample.image, Path) else "")
+
+
+def _hash(sample: Sample) -> str:
+    """Hash of a sample's source file, also where it cannot be read as a picture."""
+    try:
+        return hash_of(read_bytes(sample.image)).hex()
+    except ConvertError:
+        return ""
+
+
+def _print(unit: Unit) -> str:
+    """A hash of a unit's annotations."""
+    digest = hashlib.sha256()
+    for s in unit.samples:
+        crowd = b"" if s.crowd is None else s.crowd.tobytes()
+        about = json.dumps([s.key, s.label, s.relative, s.declared_size, s.extra], sort_keys=True, default=str).encode()
+        digest.update(b"".join((about, s.boxes.tobytes(), s.classes.tobytes(), crowd)))
+    return digest.hexdigest()[:16]
+
+
+def load_report(work: Path, unit: Unit) -> UnitReport | None:
+    """The report of a unit, None where it is not finished: the tar is written last."""
+    if not (work / f"{unit.name}.tar").exists():
+        return None
+    return UnitReport(**json.loads((work / f"{unit.name}.json").read_bytes()))
+
+
+def is_unchanged(unit: Unit, report: UnitReport) -> bool:
+    """Whether a finished unit still stands for its sources: the same annotations and the same files."""
+    return report.print == _print(unit) and report.hashes == [_hash(sample) for sample in unit.samples]
