@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from PIL import Image
 from rinr_loader import presets
 from rinr_loader.convert import Job, Report, convert
 from rinr_loader.fit import Schedule
-from rinr_loader.presets import Preset, Settings
+from rinr_loader.presets import Settings
 from rinr_loader.source import Sample, Source
 
-TINY = Preset(((3, 16),), Schedule(80, 5e-3, 512), ((float("inf"), 3, 6),), Schedule(20, 3e-3, 64))
+TINY = replace(presets.PRESETS["fast"], backgrounds=((3, 16),), background=Schedule(80, 5e-3, 512), residual=Schedule(20, 3e-3, 64))
 
 
 def png(pixels: object) -> bytes:
@@ -34,7 +35,7 @@ def write_shards(
     """Convert samples with a preset that hardly fits at all; `size` is the width and height that they are shrunk to fit inside."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "fast", TINY)
-        job = Job(Settings(preset="fast"), size=size, shard_samples=shard_samples)
+        job = Job(Settings(preset="fast", object_psnr=1.0), size=size, shard_samples=shard_samples)
         return convert(Source("drawn", samples, tuple(names)), dest, job)
 
 
