@@ -63,7 +63,7 @@ def read_image(image: Path | bytes | ByteRange) -> SourceImage:
     """
     data = read_bytes(image)
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with _open(io.BytesIO(data)) as opened:
             opened.load()
             pixels = _rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
@@ -76,6 +76,17 @@ def read_image(image: Path | bytes | ByteRange) -> SourceImage:
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ConvertError(f"expected 1 to {MAX_SIDE} pixels a side, got {width}x{height}")
     return SourceImage(pixels, len(data), hash_of(data))
+
+
+def _open(file: io.BytesIO) -> Image.Image:
+    """Pillow's own `Image.open`.
+
+    Ultralytics, once imported, puts a function in its place that installs a package with pip when it meets a file that is no picture.
+    """
+    opener = Image.open
+    if opener.__module__ != "PIL.Image":
+        opener = getattr(opener, "__globals__", {}).get("_image_open", opener)
+    return opener(file)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
