@@ -273,7 +273,7 @@ def export(
         fit = None if size is None else (size.width, size.height)
         done = write(path, place, picture_format=picture_format, size=fit, limit=limit, device=_chosen_device(device), on_progress=meter.update)
     if as_json:
-        result_json({**asdict(done), "out": str(done.out)})
+        result_json(asdict(done))
     else:
         result(f"{done.out}: {done.pictures} pictures, {done.boxes} boxes" + (f"; {done.crowds} crowd boxes left out" if done.crowds else ""))
 

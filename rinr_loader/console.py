@@ -33,8 +33,8 @@ def result(text: str) -> None:
 
 
 def result_json(value: object) -> None:
-    """Print the whole result as JSON on standard output."""
-    _print(Console(), json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print the whole result as JSON on standard output; paths become text."""
+    _print(Console(), json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def result_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

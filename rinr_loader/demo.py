@@ -84,13 +84,14 @@ class DemoReport:
     sheet: Path
 
 
-def run_demo(out: Path, *, train: int = 24, val: int = 8, epochs: int = 30, device: str | None = None) -> DemoReport:
+def run_demo(out: Path, *, train: int = 24, val: int = 8, epochs: int = 30, seconds: float = 2.0, device: str | None = None) -> DemoReport:
     """Run the demo.
 
     Args:
         out: A folder that is new, empty, or of an earlier demo, which is then replaced.
         train, val: Scenes of each split.
         epochs: Of the training.
+        seconds: For each measurement of speed.
         device: Where to fit, decode and train; CUDA where there is one.
 
     Raises:
@@ -127,7 +128,7 @@ def run_demo(out: Path, *, train: int = 24, val: int = 8, epochs: int = 30, devi
         raise ShardError(f"{checked.damage[0]} (and {len(checked.damage) - 1} more)")
     tell(f"demo: verified {checked.samples} samples; training for {epochs} epochs")
     training = _train(yolo, out, epochs, device)
-    rows = _compare(out, device)
+    rows = _compare(out, device, seconds)
     sheet = out / "side_by_side.png"
     _draw(out, sheet, device)
     report = DemoReport(out, time.monotonic() - started, device, tuple(rows), training, sheet)
@@ -201,15 +202,15 @@ def _train(yolo: Any, out: Path, epochs: int, device: str) -> Training:
     return Training(epochs, seconds, losses[0], losses[epochs - 1], map50)
 
 
-def _compare(out: Path, device: str) -> list[DemoRow]:
+def _compare(out: Path, device: str, seconds: float) -> list[DemoRow]:
     """Bytes, PSNR and speed of the source's files, of the shards, and of JPEGs of as many bytes."""
     files = sorted((out / "jpeg" / "images").rglob("*.jpg"))
     size = sum(file.stat().st_size for file in files) / len(files)
-    rows = [DemoRow(f"the source, JPEG quality {JPEG_QUALITY}", size, None, None, measure_jpeg(files, seconds=1.0))]
+    rows = [DemoRow(f"the source, JPEG quality {JPEG_QUALITY}", size, None, None, measure_jpeg(files, seconds=seconds))]
     source = open_source(out / "jpeg" / "data.yaml")
     for split in ("train", "val"):
         dataset = RinrDataset(out / "shards", split)
-        speed = measure(dataset, batch_sizes=(32,), device=device, seconds=2.0).speeds[0].images_per_second
+        speed = measure(dataset, batch_sizes=(32,), device=device, seconds=seconds).speeds[0].images_per_second
         own, as_many, *_ = compare_with_jpeg(dataset, source, qualities=()).rates
         rows.append(DemoRow(f"{split}: shards", own.bytes, own.psnr, own.object_psnr, speed))
         rows.append(DemoRow(f"{split}: {as_many.name}", as_many.bytes, as_many.psnr, as_many.object_psnr, None))

@@ -34,7 +34,7 @@ class SplitInfo:
         samples, objects, shards: How many.
         psnr, object_psnr: As measured when it was converted, against the pictures as stored.
         residuals: Networks besides the backgrounds.
-        with_residuals: Whether it was encoded with a look at its labels.
+        saw_labels: Whether its pictures were encoded with a look at their labels.
     """
 
     samples: int
@@ -43,7 +43,7 @@ class SplitInfo:
     psnr: Quality
     object_psnr: Quality
     residuals: int
-    with_residuals: bool
+    saw_labels: bool
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _split(dataset: RinrDataset) -> SplitInfo:
         psnr=_quality([dataset], "psnr"),
         object_psnr=_quality([dataset], "object_psnr"),
         residuals=residuals,
-        with_residuals=residuals > 0,
+        saw_labels=residuals > 0 or (dataset.split != "train" and bool(dataset.metadata["codec"].get("val_residuals"))),
     )
 
 

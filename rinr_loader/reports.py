@@ -30,7 +30,7 @@ def convert_report(report: Report, *, as_json: bool) -> None:
         if len(report.problems) > TOLD:
             tell(f"  and {len(report.problems) - TOLD} more")
     if as_json:
-        result_json({**asdict(report), "dest": str(report.dest)})
+        result_json(asdict(report))
         return
     samples = ", ".join(f"{split} {count}" for split, count in report.samples.items())
     result(f"{report.dest}: {samples} samples in {time_text(report.seconds)}")
@@ -55,11 +55,11 @@ def estimate_report(estimate: Estimate, *, as_json: bool) -> None:
 
 def info_report(info: Info, compared: Sequence[Comparison], *, sheet: Path | None, as_json: bool) -> None:
     """Tell what a dataset holds."""
-    looked = [split for split, about in info.splits.items() if split != "train" and about.with_residuals]
+    looked = [split for split, about in info.splits.items() if split != "train" and about.saw_labels]
     if looked:
         warn(f"{' and '.join(looked)} were encoded with a look at the labels; scores on them say more than a detector can do")
     if as_json:
-        about = {**asdict(info), "jpeg": [asdict(comparison) for comparison in compared], "sheet": None if sheet is None else str(sheet)}
+        about = {**asdict(info), "jpeg": [asdict(comparison) for comparison in compared], "sheet": sheet}
         result_json(about)
         return
     settings = ", ".join(
@@ -130,7 +130,7 @@ def verify_report(found: Verification, path: Path, *, as_json: bool) -> None:
 def demo_report(report: DemoReport, *, as_json: bool) -> None:
     """Tell what the demo measured."""
     if as_json:
-        result_json({**asdict(report), "out": str(report.out)})
+        result_json(asdict(report))
         return
     from rinr_loader.demo import remark
 

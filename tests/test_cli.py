@@ -218,6 +218,16 @@ def test_problems_are_listed_up_to_a_number(tmp_path: Path, write_yolo: Callable
     assert len(json.loads((tmp_path / "d/report.json").read_bytes())["problems"]) == 13
 
 
+@pytest.mark.requires("ultralytics")
+def test_an_unreadable_picture_installs_nothing(tmp_path: Path, write_yolo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics, once imported, replaces `PIL.Image.open` by one that runs pip where a file is no picture."""
+    from ultralytics.utils import checks
+
+    monkeypatch.setattr(checks, "check_requirements", lambda *_: pytest.fail("asked for a package"))
+    result = convert(damaged(tmp_path / "source", write_yolo), tmp_path / "d")
+    assert "0000.png: not a picture that Pillow can identify" in result.stderr
+
+
 def test_strict_makes_the_first_problem_an_error(tmp_path: Path, write_yolo: Callable[..., Path]) -> None:
     source = damaged(tmp_path / "source", write_yolo)
     assert "mend it, or leave out --strict" in failed(convert(source, tmp_path / "d", "--strict"))

@@ -6,9 +6,11 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import detection_scenes
 import numpy as np
 import pytest
 from conftest import SCENE_NAMES, psnr
+from detection_scenes import draw
 from PIL import Image
 from small_datasets import drawn, edit, write_detection
 from tiny_shards import write_shards
@@ -38,19 +40,27 @@ def test_counts(dest: Path) -> None:
         == sum(info.classes.values())
         == sum(len(label["boxes"]) for split in info.splits for label in RinrDataset(dest, split).labels)
     )
-    assert info.splits["train"].with_residuals
-    assert not info.splits["val"].with_residuals
+    assert (info.splits["val"].residuals, info.splits["val"].saw_labels) == (0, False)
     assert sum(info.groups.values()) == 7 + info.splits["train"].residuals
 
 
-def test_every_byte_is_in_one_place(dest: Path) -> None:
+def test_a_look_at_the_labels_is_told(tmp_path: Path) -> None:
+    detection_scenes.write_shards(tmp_path, train=[draw("a")], val=[draw("b", objects=3)], test=[draw("c", objects=0)])
+    found = describe(tmp_path).splits
+    assert {split: (s.residuals, s.saw_labels) for split, s in found.items()} == {"train": (2, True), "val": (3, True), "test": (0, False)}
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+def test_every_byte_is_in_one_place(dest: Path, tmp_path: Path, residuals: bool) -> None:
+    if residuals:
+        dest = detection_scenes.write_shards(tmp_path, train=[draw("a"), draw("b")])
     found = describe(dest).bytes
     assert found.total == sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     assert found.total == found.background + found.residual + found.header + found.tar + found.index + found.other
     bundles = [parse(data) for tar in dest.rglob("*.tar") for name, data in read_tar(tar) if name.endswith(SUFFIX)]
     assert found.background == sum(len(bundle.networks[0].weights) for bundle in bundles)
     assert found.residual == sum(len(network.weights) for bundle in bundles for network in bundle.networks[1:])
-    assert found.source > 0
+    assert (found.source == 0) == residuals
 
 
 def test_the_worst_pictures_come_first(dest: Path) -> None:
