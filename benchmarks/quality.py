@@ -158,9 +158,7 @@ def main() -> None:
             if name == "kodak" and mode in ("de", "re"):
                 continue  # without objects they are `be`
             rows.append(ours(f"{mode} 10x28 balanced", samples, Settings(shapes, mode), folder))
-        target = Settings("balanced", "qre", IMAGE_PSNR, OBJECT_PSNR)
-        rows.append(ours("qre ladder to targets", samples, target, folder))
-        rows.append(ours("qre ladder balanced", samples, Settings("balanced"), folder))
+        rows.append(ours("qre balanced to targets", samples, Settings("balanced", "qre", IMAGE_PSNR, OBJECT_PSNR), folder))
         result[name] = rows
         write_result("quality", result)
     if arguments.long:
