@@ -27,7 +27,7 @@ from rinr_loader.index import ShardIndex, load_index
 from rinr_loader.lanes import check_device
 from rinr_loader.quality import mean_of
 from rinr_loader.source import Problem, Source
-from rinr_loader.units import Job, Unit, UnitReport, encode_and_store, encode_samples, is_unchanged, load_report, plan_units
+from rinr_loader.units import Job, Unit, UnitReport, encode_and_store, encode_samples, is_unchanged, load_report, plan_units, strict_error
 from rinr_loader.writer import DATASET, data_yaml, describe_dataset, describe_shard, dump_json, read_tar, write_bytes, write_index, write_tar
 
 __all__ = ["REPORT", "Estimate", "Job", "Progress", "Report", "convert", "estimate"]
@@ -107,7 +107,7 @@ def convert(
     check_device(job.device)
     units = plan_units(source.samples, job.shard_samples)
     if strict and source.problems:
-        raise _strict(source.problems[0])
+        raise strict_error(source.problems[0])
     work = _open(dest, _fingerprint(source, job))
     if work is not None:
         _Run(work, job, units, strict, on_progress).run(workers)
@@ -164,10 +164,6 @@ def _difference(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> str
     return f"expected the conversion asked for, got {what} ({', '.join(told[:4])})"
 
 
-def _strict(problem: Problem) -> ConvertError:
-    return ConvertError(f"{problem.subject}: {problem.reason}; mend it, or leave out --strict")
-
-
 class _Run:
     """Encodes the units that are not finished yet and keeps count."""
 
@@ -192,7 +188,7 @@ class _Run:
         if workers <= 1 or len(waiting) <= 1:
             for unit in waiting:
                 ticks = [0]
-                report = encode_and_store(unit, self.work, self.job, None, lambda ticks=ticks: self._tick(ticks))  # type: ignore[misc]
+                report = encode_and_store(unit, self.work, self.job, None, lambda ticks=ticks: self._tick(ticks), strict=self.strict)  # type: ignore[misc]
                 self._count(unit, report, len(unit.samples) - ticks[0])
         else:
             self._run_processes(waiting, workers)
@@ -203,7 +199,7 @@ class _Run:
         # Spawned, not forked: a forked child inherits locks of torch's threads.
         pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=get_context("spawn"))
         try:
-            futures = {pool.submit(encode_and_store, unit, self.work, self.job, threads): unit for unit in waiting}
+            futures = {pool.submit(encode_and_store, unit, self.work, self.job, threads, strict=self.strict): unit for unit in waiting}
             for future in as_completed(futures):
                 self._count(futures[future], future.result(), len(futures[future].samples))
         except BrokenProcessPool:
@@ -223,7 +219,7 @@ class _Run:
 
     def _count(self, unit: Unit, report: UnitReport, samples: int) -> None:
         if self.strict and report.problems:
-            raise _strict(Problem(*report.problems[0]))
+            raise strict_error(Problem(*report.problems[0]))
         self.done += samples
         self.bytes += report.bytes
         self.psnr += report.psnr

@@ -21,7 +21,7 @@ from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
 from rinr_loader.index import SUFFIX, encode_key
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
-from rinr_loader.source import SPLITS, Sample
+from rinr_loader.source import SPLITS, Problem, Sample
 from rinr_loader.writer import dump_json, member, write_bytes, write_tar
 
 UNIT = 64  # samples that are fitted together
@@ -113,16 +113,24 @@ def _check_keys(split: str, samples: Sequence[Sample]) -> None:
             raise ConvertError(f"{split}: expected keys that differ in more than case, got {other!r} and {sample.key!r}; rename one of the files")
 
 
-def encode_and_store(unit: Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None) -> UnitReport:
+def encode_and_store(
+    unit: Unit, work: Path, job: Job, threads: int | None = None, on_background: Callable[[], None] | None = None, *, strict: bool = False
+) -> UnitReport:
     """Encode one unit and store its members and its report in the working folder, the members last."""
-    report, members = encode_samples(unit, job, threads, on_background)
+    report, members = encode_samples(unit, job, threads, on_background, strict=strict)
     write_bytes(work / f"{unit.name}.json", dump_json(dataclasses.asdict(report)))
     write_tar(work / f"{unit.name}.tar", members)
     return report
 
 
-def encode_samples(unit: Unit, job: Job, threads: int | None, on_background: Callable[[], None] | None) -> tuple[UnitReport, list[tuple[str, bytes]]]:
-    """Encode one unit: its report and its tar members."""
+def encode_samples(
+    unit: Unit, job: Job, threads: int | None, on_background: Callable[[], None] | None, *, strict: bool = False
+) -> tuple[UnitReport, list[tuple[str, bytes]]]:
+    """Encode one unit: its report and its tar members.
+
+    Raises:
+        ConvertError: `strict`, and a picture or a box cannot be used; before anything is fitted.
+    """
     pictures: list[Picture] = []
     read: list[tuple[str, dict[str, object]]] = []
     problems: list[list[str]] = []
@@ -155,6 +163,8 @@ def encode_samples(unit: Unit, job: Job, threads: int | None, on_background: Cal
                 blind=sample.split != "train" and not job.val_residuals,
             )
         )
+    if strict and problems:
+        raise strict_error(Problem(*problems[0]))
     bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background)
     members: list[tuple[str, bytes]] = []
     for (key, extra), bundle in zip(read, bundles, strict=True):
@@ -174,6 +184,11 @@ def encode_samples(unit: Unit, job: Job, threads: int | None, on_background: Cal
         object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
     )
     return report, members
+
+
+def strict_error(problem: Problem) -> ConvertError:
+    """What `--strict` makes of a problem."""
+    return ConvertError(f"{problem.subject}: {problem.reason}; mend it, or leave out --strict")
 
 
 def _subject(sample: Sample) -> str:

@@ -199,13 +199,13 @@ def test_a_dry_run_estimates_and_writes_nothing(source: Path, tmp_path: Path) ->
     assert not (tmp_path / "d").exists()
 
 
-def damaged(root: Path, write_yolo: Callable[..., Path], count: int = 1) -> Path:
-    """A dataset in which `count` pictures cannot be read and one box is outside."""
+def damaged(root: Path, write_yolo: Callable[..., Path], count: int = 1, labels: str = "0 nan 0.5 0.1 0.1\n") -> Path:
+    """A dataset in which `count` pictures cannot be read, and rows are added to the labels of another one."""
     source = write_yolo(root, train=count + 2, val=1, width=32, height=24)
     for k in range(count):
         (root / f"images/train/{k:04d}.png").write_bytes(b"no picture")
     with (root / f"labels/train/{count:04d}.txt").open("a") as file:
-        file.write("0 nan 0.5 0.1 0.1\n")
+        file.write(labels)
     return source
 
 
@@ -228,9 +228,14 @@ def test_an_unreadable_picture_installs_nothing(tmp_path: Path, write_yolo: Call
     assert "0000.png: not a picture that Pillow can identify" in result.stderr
 
 
-def test_strict_makes_the_first_problem_an_error(tmp_path: Path, write_yolo: Callable[..., Path]) -> None:
-    source = damaged(tmp_path / "source", write_yolo)
-    assert "mend it, or leave out --strict" in failed(convert(source, tmp_path / "d", "--strict"))
+@pytest.mark.parametrize(("count", "labels"), [(1, ""), (0, "0 nan 0.5 0.1 0.1\n"), (0, "0 0.5 0.5 0 0.1\n")], ids=["picture", "label", "box"])
+def test_strict_makes_the_first_problem_an_error(
+    tmp_path: Path, write_yolo: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, count: int, labels: str
+) -> None:
+    source = damaged(tmp_path / "source", write_yolo, count, labels)
+    with monkeypatch.context() as patch:
+        patch.setattr("rinr_loader.units.encode_unit", lambda *_, **__: pytest.fail("fitted something first"))
+        assert "mend it, or leave out --strict" in failed(convert(source, tmp_path / "d", "--strict"))
     done(convert(source, tmp_path / "other"))  # the advice
 
 
