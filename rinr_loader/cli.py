@@ -179,6 +179,7 @@ def convert_command(
         reports.estimate_report(estimate(found, job), as_json=as_json)
         return
     with Meter("converting") as meter:
+        meter.update(0, len(found.samples))
 
         def on_progress(progress: Progress) -> None:
             note = ", ".join(filter(None, [psnr_text(progress.psnr) if progress.psnr else "", bytes_text(progress.bytes) if progress.bytes else ""]))

@@ -16,6 +16,7 @@ from rinr_loader.dataset import RinrDataset, load_metadata
 from rinr_loader.errors import ConfigError
 from rinr_loader.pictures import decode_pictures
 from rinr_loader.sheet import Cell, draw_sheet
+from rinr_loader.source import SPLITS
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def describe(path: str | Path, *, worst: int = 10) -> Info:
         ShardError: An index is damaged, or a shard is missing or has another size.
     """
     root, metadata = load_metadata(path)
-    datasets = [RinrDataset(root, split) for split in metadata["splits"]]
+    datasets = [RinrDataset(root, split) for split in SPLITS if split in metadata["splits"]]
     if not datasets:
         raise ConfigError(f"{root}: expected a split, got none; convert again")
     return Info(

@@ -12,6 +12,7 @@ from rinr_loader.compare import Comparison
 from rinr_loader.console import bytes_text, psnr_text, result, result_json, result_table, tell, time_text, warn
 from rinr_loader.convert import REPORT, Estimate, Report
 from rinr_loader.info import Info, Quality
+from rinr_loader.source import SPLITS
 from rinr_loader.verify import Verification
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     if as_json:
         result_json(asdict(report))
         return
-    samples = ", ".join(f"{split} {count}" for split, count in report.samples.items())
+    samples = ", ".join(f"{split} {report.samples[split]}" for split in SPLITS if split in report.samples)
     result(f"{report.dest}: {samples} samples in {time_text(report.seconds)}")
     total = sum(report.samples.values())
     share = f", {report.bytes / report.source_bytes:.2f} times the source's {bytes_text(report.source_bytes)}" if report.source_bytes else ""
