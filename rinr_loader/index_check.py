@@ -46,11 +46,11 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
 LEADERS = {"key byte": "key", "sample": "offset", "object": "box", "network": "network_group"}  # the column that tells how many there are
 
 
-def read_groups(rows: object, check: Check) -> tuple[NetworkSpec, ...]:
+def read_groups(rows: Any, check: Check) -> tuple[NetworkSpec, ...]:
     """The network shapes of an index, from its metadata."""
     check(isinstance(rows, list), "a list of network shapes", type(rows).__name__)
     groups = []
-    for row in rows if isinstance(rows, list) else ():
+    for row in rows:
         check(isinstance(row, list) and [type(value) for value in row] == [str, int, int, str, float], "a network shape", row)
         kind, depth, width, dtype, w0 = row
         check(kind in KINDS and dtype in DTYPES and 1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH and 0 < w0 <= MAX_W0, "a network shape", row)
@@ -83,8 +83,7 @@ def _type(column: Array) -> str:
 
 def _check_samples(columns: Mapping[str, Array], shard_bytes: int, check: Check) -> None:
     offset, size, start = columns["offset"], columns["size"], columns["key_start"]
-    for name, column, low in (("offset", offset, 0), ("size", size, HEADER.size)):
-        check(((column >= low) & (column <= shard_bytes)).all(), f"{name} from {low} to {shard_bytes}", column[:8].tolist())
+    check(((offset >= 0) & (offset <= shard_bytes)).all(), f"offsets from 0 to {shard_bytes}", offset[:8].tolist())
     apart = (offset % TAR_BLOCK == 0).all() and (offset + size <= np.append(offset[1:], shard_bytes)).all()
     check(apart, f"samples one after the other in {shard_bytes} bytes", offset[:8].tolist())
     text = columns["key"].tobytes()
@@ -95,14 +94,13 @@ def _check_samples(columns: Mapping[str, Array], shard_bytes: int, check: Check)
         check(False, "keys in UTF-8", error)
     check(len(set(keys)) == len(keys), "each key once", f"{len(keys) - len(set(keys))} twice")
     stored, source = columns["stored_size"], columns["source_size"]
-    check((stored >= 1).all() and (stored <= source).all(), "stored sizes from 1 to the source's", stored[:4].tolist())
+    check((stored <= source).all(), "stored sizes up to the source's", stored[:4].tolist())
     check((columns["label"] >= -1).all(), "labels from -1", columns["label"].min(initial=0))
 
 
 def _check_objects(columns: Mapping[str, Array], check: Check) -> None:
     box = columns["box"]
     limit = np.repeat(columns["source_size"][:, ::-1], np.diff(columns["object_start"]), axis=0)
-    check(np.isfinite(box).all(), "finite boxes", "NaN or infinity")
     inside = (box[:, :2] >= 0).all() and (box[:, 2:] <= limit).all() and (box[:, :2] < box[:, 2:]).all()
     check(inside, "boxes with an area, inside their pictures", box[:4].tolist())
     check((columns["class_id"] >= 0).all(), "class ids from 0", columns["class_id"].min(initial=0))
@@ -136,7 +134,6 @@ def _check_offsets(
     nbytes = np.array([spec.nbytes for spec in groups], np.int64)[columns["network_group"]] if len(sample) else np.zeros(0, np.int64)
     tables = HEADER.size + OBJECT.itemsize * objects + NETWORK.itemsize * networks
     found = columns["network_offset"]
-    check((found >= 0).all() and (found <= np.iinfo(np.int64).max // 2).all(), "offsets inside the shard", found[:8].tolist())
     start = found - columns["offset"][sample]
     before = np.where(first, tables[sample], np.roll(start + nbytes, 1))
     good = (start == -(-before // ALIGNMENT) * ALIGNMENT).all()

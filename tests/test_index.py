@@ -72,7 +72,7 @@ def altered(raw: bytes, change: Callable[[Columns], None] = lambda columns: None
     """The index with other columns or metadata."""
     columns = columns_of(load_index(raw, name="x"))
     change(columns)
-    return save({name: np.ascontiguousarray(column) for name, column in columns.items()}, {"rinr": json.dumps({**about(raw), **metadata})})
+    return save({name: column.copy(order="C") for name, column in columns.items()}, {"rinr": json.dumps({**about(raw), **metadata})})
 
 
 # --- what it says ---
@@ -303,36 +303,38 @@ def test_a_hostile_size_in_an_index(raw: bytes, metadata: dict[str, Any]) -> Non
         load_index(altered(raw, **metadata), name="x")
 
 
-GOOD_GROUP = ["background", 2, 3, "int8", 30.0]
+@pytest.mark.parametrize("groups", [None, {}, "groups", 3, [], [None] * 9, [[]] * 9, [["background", 2, 3, "int8", 30.0]]], ids=str)
+def test_hostile_lists_of_groups(raw: bytes, groups: Any) -> None:
+    with pytest.raises(ShardError):
+        load_index(altered(raw, groups=groups), name="x")
+
+
 BAD_GROUPS = (
-    None,
-    {},
-    "groups",
-    [None],
-    [[]],
-    [GOOD_GROUP[:4]],
-    [[*GOOD_GROUP, 1]],
-    [["foreground", 2, 3, "int8", 30.0]],
-    [[["background"], 2, 3, "int8", 30.0]],
-    [["background", 0, 3, "int8", 30.0]],
-    [["background", 2.0, 3, "int8", 30.0]],
-    [["background", True, 3, "int8", 30.0]],
-    [["background", 65, 3, "int8", 30.0]],
-    [["background", 2, 257, "int8", 30.0]],
-    [["background", 2, -3, "int8", 30.0]],
-    [["background", 2, 3, "int4", 30.0]],
-    [["background", 2, 3, "int8", float("nan")]],
-    [["background", 2, 3, "int8", float("inf")]],
-    [["background", 2, 3, "int8", 0.0]],
-    [["background", 2, 3, "int8", "30"]],
-    [GOOD_GROUP],  # fewer than the networks ask for
+    ["background", 2, 3, "int8"],
+    ["background", 2, 3, "int8", 30.0, 1],
+    ["foreground", 2, 3, "int8", 30.0],
+    [["background"], 2, 3, "int8", 30.0],
+    ["background", 0, 3, "int8", 30.0],
+    ["background", 2.0, 3, "int8", 30.0],
+    ["background", True, 3, "int8", 30.0],
+    ["background", 65, 3, "int8", 30.0],
+    ["background", 2, 257, "int8", 30.0],
+    ["background", 2, -3, "int8", 30.0],
+    ["background", 2, 3, "int4", 30.0],
+    ["background", 2, 3, "int8", float("nan")],
+    ["background", 2, 3, "int8", float("inf")],
+    ["background", 2, 3, "int8", 0.0],
+    ["background", 2, 3, "int8", "30"],
+    ["background", 2, 4, "int8", 30.0],  # of another size than the weights
 )
 
 
-@pytest.mark.parametrize("groups", BAD_GROUPS, ids=str)
-def test_hostile_groups(raw: bytes, groups: Any) -> None:
+@pytest.mark.parametrize("group", BAD_GROUPS, ids=str)
+def test_hostile_groups(raw: bytes, group: Any) -> None:
+    groups = about(raw)["groups"]
+    place = groups.index(["background", 2, 3, "int8", 30.0])
     with pytest.raises(ShardError):
-        load_index(altered(raw, groups=groups), name="x")
+        load_index(altered(raw, groups=[*groups[:place], group, *groups[place + 1 :]]), name="x")
 
 
 # --- damage to the columns ---
@@ -386,6 +388,17 @@ def add(name: str, value: int) -> Callable[[Columns], None]:
     return change
 
 
+def move(sample: int, by: int) -> Callable[[Columns], None]:
+    """A sample with all its weights somewhere else."""
+
+    def change(columns: Columns) -> None:
+        columns["offset"][sample] += by
+        networks = slice(*columns["network_start"][sample : sample + 2])
+        columns["network_offset"][networks] += by
+
+    return change
+
+
 def swap(name: str, a: int, b: int) -> Callable[[Columns], None]:
     def change(columns: Columns) -> None:
         columns[name][[a, b]] = columns[name][[b, a]]
@@ -405,6 +418,11 @@ HOSTILE: dict[str, Callable[[Columns], None]] = {
     "offset lowest": put("offset", 0, LOW),
     "offset highest": put("offset", -1, HIGH),
     "offset not of a tar": add("offset", 16),
+    "sample before the shard": move(0, -1024),
+    "sample behind the shard": move(3, 10_240),
+    "sample far behind the shard": move(3, HIGH // 1024 * 512),
+    "sample not where a tar has it": move(3, 16),
+    "sample over its neighbour": move(1, -1024),
     "offset beyond": put("offset", -1, 512 * 10_000),
     "offsets swapped": swap("offset", 0, 2),
     "offsets equal": lambda c: c["offset"].put(1, c["offset"][0]),
@@ -430,6 +448,7 @@ HOSTILE: dict[str, Callable[[Columns], None]] = {
     "crowd": put("crowd", 0, 2),
     "networks fall": put("network_start", 1, 100),
     "sample without a network": put("network_start", 1, 0),
+    "last sample without a network": put("network_start", -2, 8),
     "networks of a neighbour": put("network_start", 1, 2),
     "group": put("network_group", 0, 60_000),
     "groups swapped": swap("network_group", 0, 1),
