@@ -34,11 +34,11 @@ from rinr_loader.writer import DATASET, describe_dataset, describe_shard, dump_j
 Columns = dict[str, NDArray[Any]]
 
 
-def plain_bundle(seed: int = 0) -> Bundle:
-    return Bundle((9, 7), (9, 7), (random_network("background", "float16", (0, 0, 7, 9), seed=seed),), label=seed)
+def plain_bundle(seed: int = 0, width: int = 3) -> Bundle:
+    return Bundle((9, 7), (9, 7), (random_network("background", "float16", (0, 0, 7, 9), width=width, seed=seed),), label=seed)
 
 
-MEMBERS = (("a", small_bundle()), ("b%2Ec/d", plain_bundle(1)), ("e", replace(small_bundle(), label=-1, psnr=None)), ("f", plain_bundle(2)))
+MEMBERS = (("a", small_bundle()), ("b%2Ec/d", plain_bundle(1)), ("e", replace(small_bundle(), label=-1, psnr=None)), ("f", plain_bundle(2, width=16)))
 
 
 def write_shard(path: Path, members: tuple[tuple[str, Bundle], ...] = MEMBERS) -> Path:
@@ -202,7 +202,7 @@ def test_flipped_bits_of_an_index_are_shard_errors_or_harmless(shard: Path, raw:
     """A flip in a label or a key is another index; one that is read must be safe to decode by. `dataset.json` has the hash of the whole."""
     header = 8 + int.from_bytes(raw[:8], "little")
     read = []
-    for bit in [*range(64), *range(64, 8 * header, 5), *range(8 * header, 8 * len(raw))]:
+    for bit in [*range(64), *range(64, 8 * header, 11), *range(8 * header, 8 * len(raw))]:
         data = bytearray(raw)
         data[bit // 8] ^= 1 << bit % 8
         try:
@@ -420,7 +420,7 @@ HOSTILE: dict[str, Callable[[Columns], None]] = {
     "offset not of a tar": add("offset", 16),
     "sample before the shard": move(0, -1024),
     "sample behind the shard": move(3, 10_240),
-    "sample far behind the shard": move(3, HIGH // 1024 * 512),
+    "sample so far behind the shard that its end wraps round": lambda c: move(3, HIGH - 511 - int(c["offset"][3]))(c),
     "sample not where a tar has it": move(3, 16),
     "sample over its neighbour": move(1, -1024),
     "offset beyond": put("offset", -1, 512 * 10_000),
