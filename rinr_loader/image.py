@@ -91,9 +91,10 @@ def _open(file: io.BytesIO) -> Image.Image:
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Pillow would clip these at 255: scale 16 bits to 8, as its documentation advises.
-        values = np.asarray(image).astype(np.float64)
-        gray = np.clip(np.round(values / 257) if values.max(initial=0) > 255 else values, 0, 255).astype(np.uint8)
+        # Pillow would clip these at 255: scale 16 bits to 8, as its documentation advises. Modes I and F do not tell their range.
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        gray = np.clip(np.round(values / 257 if wide else values), 0, 255).astype(np.uint8)
         return np.repeat(gray[..., None], 3, 2)
     return np.array(image.convert("RGB"))
 
