@@ -22,13 +22,35 @@ from typing import Any
 
 import numpy as np
 
-from rinr_loader.errors import ConfigError, ConvertError
+from rinr_loader.errors import ConfigError, ConvertError, ShardError
 from rinr_loader.index import ShardIndex, load_index
 from rinr_loader.lanes import check_device
 from rinr_loader.quality import mean_of
 from rinr_loader.source import Problem, Source
-from rinr_loader.units import Job, Unit, UnitReport, encode_and_store, encode_samples, is_unchanged, load_report, plan_units, strict_error
-from rinr_loader.writer import DATASET, data_yaml, describe_dataset, describe_shard, dump_json, read_tar, write_bytes, write_index, write_tar
+from rinr_loader.units import (
+    Job,
+    Unit,
+    UnitReport,
+    check_labels,
+    encode_and_store,
+    encode_samples,
+    is_unchanged,
+    load_report,
+    plan_units,
+    strict_error,
+)
+from rinr_loader.writer import (
+    DATASET,
+    data_yaml,
+    describe_dataset,
+    describe_shard,
+    dump_json,
+    make_folder,
+    read_tar,
+    write_bytes,
+    write_index,
+    write_tar,
+)
 
 __all__ = ["REPORT", "Estimate", "Job", "Progress", "Report", "convert", "estimate"]
 
@@ -100,12 +122,14 @@ def convert(
     Raises:
         ConvertError: There is nothing to convert, a key does not fit a tar, or `strict` met a problem.
         ConfigError: `dest` holds another dataset or another unfinished conversion, or the device is not there.
+        ShardError: `dest` holds the finished dataset, but a file of it is gone or damaged.
         StorageError: `dest` cannot be written, or is full.
     """
     started = time.monotonic()
     job, dest = job or Job(), Path(dest)
     check_device(job.device)
     units = plan_units(source.samples, job.shard_samples)
+    check_labels(source)
     if strict and source.problems:
         raise strict_error(source.problems[0])
     work = _open(dest, _fingerprint(source, job))
@@ -128,26 +152,36 @@ def _open(dest: Path, fingerprint: dict[str, Any]) -> Path | None:
     if (dest / DATASET).exists():
         _clean(dest)  # a run was killed when everything was done
     wanted = json.loads(json.dumps(fingerprint))
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        there = sorted(path.name for path in dest.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{dest}: expected a folder that can be written, got {error.strerror}; choose another DEST") from None
+    if dest.exists() and not dest.is_dir():
+        raise ConfigError(f"{dest}: expected a folder, got a file; choose another DEST")
+    make_folder(dest)
+    there = sorted(path.name for path in dest.iterdir())
     if (work / "job.json").exists():
-        found = json.loads((work / "job.json").read_bytes())
+        found = _read_job(work / "job.json")
         if found != wanted:
             raise ConfigError(f"{dest}: {_difference('an unfinished conversion', found, wanted)}; run the same command again, or choose another DEST")
         return work
     if DATASET in there:
-        found = json.loads((dest / DATASET).read_bytes()).get("codec", {}).get("job")
+        found = _read_job(dest / DATASET, "codec", "job")
         if found != wanted:
-            raise ConfigError(f"{dest}: {_difference('another dataset', found or {}, wanted)}; choose another DEST")
+            raise ConfigError(f"{dest}: {_difference('another dataset', found, wanted)}; choose another DEST")
         return None
     if there and there != [WORK]:
         raise ConfigError(f"{dest}: expected an empty folder or an unfinished conversion, got {', '.join(there[:3])}; choose another DEST")
-    work.mkdir(exist_ok=True)
+    make_folder(work)
     write_bytes(work / "job.json", dump_json(wanted))
     return work
+
+
+def _read_job(path: Path, *keys: str) -> dict[str, Any]:
+    """What a file of this or of any other program says was asked for; nothing where it does not say."""
+    try:
+        found = json.loads(path.read_bytes())
+        for key in keys:
+            found = found[key]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _clean(dest: Path) -> None:
@@ -182,6 +216,8 @@ class _Run:
                 self.resumed += len(unit.samples)
                 self._count(unit, report, len(unit.samples))
             else:
+                # Gone before its new report is written: a run killed in between would take old members for new ones.
+                (self.work / f"{unit.name}.tar").unlink(missing_ok=True)
                 waiting.append(unit)
         for shard in {(unit.split, unit.shard) for unit in waiting}:  # assembled before a source changed
             (self.work.parent / shard[0] / f"{shard[1]}.tar").unlink(missing_ok=True)
@@ -236,7 +272,7 @@ def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[
     splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
     for split, shard in dict.fromkeys((unit.split, unit.shard) for unit in units):
         path = dest / split / f"{shard}.tar"
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         if not path.exists():
             parts = [work / f"{unit.name}.tar" for unit in units if unit.shard == shard]
             write_tar(path, (member for part in parts for member in read_tar(part)), work)
@@ -265,7 +301,7 @@ def _report(dest: Path, seconds: float) -> Report:
     described = json.loads((dest / DATASET).read_bytes())
     left_out = json.loads((dest / REPORT).read_bytes())
     rows = [row for split in described["splits"].values() for row in split["shards"]]
-    indexes = [load_index((dest / row["index"]).read_bytes(), name=row["index"], shard_bytes=row["bytes"]) for row in rows]
+    indexes = [_open_shard(dest, row) for row in rows]
     files = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     return Report(
         dest=dest,
@@ -278,6 +314,17 @@ def _report(dest: Path, seconds: float) -> Report:
         bytes=files,
         source_bytes=described["source"]["bytes"],
     )
+
+
+def _open_shard(dest: Path, row: dict[str, Any]) -> ShardIndex:
+    """The index of a finished shard; a dataset that has lost files is not finished."""
+    try:
+        size, data = (dest / row["path"]).stat().st_size, (dest / row["index"]).read_bytes()
+    except OSError as error:
+        raise ShardError(f"{error.filename}: expected a file of the dataset, got {error.strerror}; remove {dest} and convert again") from None
+    if size != row["bytes"]:
+        raise ShardError(f"{dest / row['path']}: expected {row['bytes']} bytes, got {size}; remove {dest} and convert again")
+    return load_index(data, name=row["index"], shard_bytes=size)
 
 
 @dataclass(frozen=True)
@@ -300,6 +347,7 @@ def estimate(source: Source, job: Job | None = None, *, samples: int = 8) -> Est
     """
     job = job or Job()
     plan_units(source.samples, job.shard_samples)  # the same checks as a conversion
+    check_labels(source)
     chosen = [source.samples[i] for i in sorted(set(np.linspace(0, len(source.samples) - 1, samples).round().astype(int).tolist()))]
     started = time.monotonic()
     report, _ = encode_samples(Unit("estimate", "estimate", "train", tuple(chosen)), job, None, None)

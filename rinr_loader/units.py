@@ -21,7 +21,7 @@ from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
 from rinr_loader.index import SUFFIX, encode_key
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
-from rinr_loader.source import SPLITS, Problem, Sample
+from rinr_loader.source import SPLITS, Problem, Sample, Source
 from rinr_loader.writer import dump_json, member, write_bytes, write_tar
 
 UNIT = 64  # samples that are fitted together
@@ -108,9 +108,26 @@ def _check_keys(split: str, samples: Sequence[Sample]) -> None:
     for sample in samples:
         key = encode_key(sample.key)
         member(key + SUFFIX)
-        other = seen.setdefault(key.casefold(), sample.key)
-        if other is not sample.key:
+        if key.casefold() in seen:
+            other = seen[key.casefold()]
             raise ConvertError(f"{split}: expected keys that differ in more than case, got {other!r} and {sample.key!r}; rename one of the files")
+        seen[key.casefold()] = sample.key
+
+
+def check_labels(source: Source) -> None:
+    """Check that every box has a class and every class id a name.
+
+    Raises:
+        ConvertError: One does not.
+    """
+    end = len(source.names) or 2**31
+    for sample in source.samples:
+        boxes = len(sample.boxes)
+        if len(sample.classes) != boxes or (sample.crowd is not None and len(sample.crowd) != boxes):
+            raise ConvertError(f"{_subject(sample)}: expected a class for each of {boxes} boxes, got {len(sample.classes)}; correct the labels")
+        wrong = [number for number in (*sample.classes.tolist(), max(sample.label, 0)) if not 0 <= number < end]
+        if wrong:
+            raise ConvertError(f"{_subject(sample)}: expected class ids from 0 to {end - 1}, got {wrong[0]}; correct the labels or the names")
 
 
 def encode_and_store(

@@ -40,11 +40,27 @@ def atomic(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"{path}: no space left; free some and run the same command again, what is finished is kept") from None
-        raise StorageError(f"{path}: expected a place that can be written, got {error.strerror}; check the folder and its permissions") from None
+        raise _not_written(path, error) from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, where it is not there yet.
+
+    Raises:
+        StorageError: There is no space left, or the place cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: no space left; free some and run the same command again, what is finished is kept")
+    return StorageError(f"{path}: expected a place that can be written, got {error.strerror}; check the folder and its permissions")
 
 
 def write_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
