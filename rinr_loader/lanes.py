@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -47,7 +47,11 @@ class Lanes:
         return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        return list(self.pool.map(function, items))
+        futures = [self.pool.submit(function, item) for item in items]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # an error ends all of them at once, not when those before it have finished
+        return [future.result() for future in futures]
 
     def fit(
         self, tasks: Sequence[Callable[[], Task]], spec: NetworkSpec, schedule: Schedule, stage: str, on_done: Callable[[], None] | None = None
