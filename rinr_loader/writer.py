@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +42,8 @@ def atomic(path: Path, scratch: Path | None = None) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise _not_written(path, error) from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or the place is not: the error above says more
+            unfinished.unlink()
 
 
 def make_folder(path: Path) -> None:
