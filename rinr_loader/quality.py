@@ -37,7 +37,7 @@ def box_mask(boxes: NDArray[np.floating], height: int, width: int) -> NDArray[np
     """Union of boxes (xyxy in pixels of this picture, rounded outward), bool, `(height, width)`."""
     mask = np.zeros((height, width), np.bool_)
     for x0, y0, x1, y1 in boxes.astype(np.float64):
-        mask[max(0, math.floor(y0)) : math.ceil(y1), max(0, math.floor(x0)) : math.ceil(x1)] = True
+        mask[max(0, math.floor(y0)) : max(0, math.ceil(y1)), max(0, math.floor(x0)) : max(0, math.ceil(x1))] = True
     return mask
 
 
