@@ -392,18 +392,18 @@ def test_an_object_that_is_good_enough_gets_no_residual() -> None:
 
 
 def test_a_residual_that_makes_its_object_worse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    gain = 0.0
+    gain = [0.0]
     genuine = Lanes.fit
 
     def spy(self: Lanes, tasks: Sequence[Any], spec: Any, *more: Any) -> Any:
         results = genuine(self, tasks, spec, *more)
         if spec.kind == "background":
             return results
-        return [replace(result, psnr=make().psnr_without + gain) for make, result in zip(tasks, results, strict=True)]
+        return [replace(result, psnr=make().psnr_without + gain[0]) for make, result in zip(tasks, results, strict=True)]
 
     monkeypatch.setattr(Lanes, "fit", spy)
     of = picture(SMOOTH, [[3, 3, 20, 20], [30, 20, 45, 39]])
-    for gain, expected in ((0.01, 3), (0.0, 1), (-0.01, 1), (-np.inf, 1)):
+    for gain[0], expected in ((0.01, 3), (0.0, 1), (-0.01, 1), (-np.inf, 1)):
         assert len(encode(of)[0].networks) == expected
 
 

@@ -1,50 +1,70 @@
-"""PSNR as the design defines it."""
+"""PSNR, masks and JPEG sizes."""
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
+from conftest import draw_scene
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
-
-
-def test_psnr_is_that_of_the_mean_squared_error() -> None:
-    source = np.full((4, 5, 3), 100, np.uint8)
-    decoded = source.copy()
-    decoded[0, 0, 0] += 30
-    assert psnr(decoded, source) == pytest.approx(10 * math.log10(255**2 / (900 / 60)))
-    assert psnr(source, decoded) == psnr(decoded, source), "unsigned differences do not wrap"
+from rinr_loader.quality import box_mask, jpeg_bytes, psnr
 
 
-def test_equal_pictures_have_99_db_and_nothing_has_none() -> None:
-    source = np.zeros((2, 2, 3), np.uint8)
-    assert psnr(source, source) == 99.0
-    assert math.isnan(psnr(source, source, np.zeros((2, 2), np.bool_)))
+def flat(value: int, height: int = 4, width: int = 5) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return np.full((height, width, 3), value, np.uint8)
 
 
-def test_only_masked_pixels_count() -> None:
-    source, decoded = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)
-    decoded[1, 1] = 255
-    mask = np.array([[True, False], [False, False]])
-    assert psnr(decoded, source, mask) == 99.0
-    assert psnr(decoded, source, ~mask) == pytest.approx(10 * math.log10(3))
+@pytest.mark.parametrize(("a", "b"), [(0, 255), (0, 1), (100, 110), (255, 0), (200, 190)])
+def test_psnr_of_a_constant_error(a: int, b: int) -> None:
+    assert psnr(flat(a), flat(b)) == pytest.approx(20 * math.log10(255 / abs(a - b)))
+    assert psnr(flat(b), flat(a)) == psnr(flat(a), flat(b))
 
 
-def test_boxes_are_rounded_outward_and_joined() -> None:
-    mask = box_mask(np.array([[0.9, 0.1, 2.1, 1.0], [2.0, 0.0, 9.0, 0.5]]), 2, 4)
-    assert mask.tolist() == [[True, True, True, True], [False, False, False, False]]
-    assert not box_mask(np.zeros((0, 4)), 2, 4).any()
+def test_equal_pictures_have_99_db_and_no_error_has_more() -> None:
+    assert psnr(flat(7), flat(7)) == 99
+    almost = flat(7, 1000, 1000)
+    almost[0, 0, 0] = 8
+    assert 90 < psnr(almost, flat(7, 1000, 1000)) <= 99
 
 
-def test_detail_costs_jpeg_bytes() -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    assert jpeg_bytes(noise, 30) > 4 * jpeg_bytes(np.zeros_like(noise), 30)
-    assert jpeg_bytes(noise, 90) > jpeg_bytes(noise, 30)
+def test_a_mask_chooses_the_pixels_that_count() -> None:
+    decoded = flat(10)
+    decoded[0, 0] = 20
+    mask = np.zeros((4, 5), bool)
+    assert math.isnan(psnr(decoded, flat(10), mask))
+    mask[0, :2] = True  # one wrong by 10, one right
+    assert psnr(decoded, flat(10), mask) == pytest.approx(10 * math.log10(255**2 / 50))
+    mask[0, 0] = False
+    assert psnr(decoded, flat(10), mask) == 99
 
 
-def test_a_mean_leaves_out_what_was_not_measured() -> None:
-    assert mean_of([np.array([30, np.nan], np.float32), np.array([40], np.float32)]) == pytest.approx(35)
-    assert mean_of([np.array([np.nan], np.float32)]) is None
-    assert mean_of([]) is None
+def test_psnr_is_over_all_channels() -> None:
+    decoded = flat(10)
+    decoded[..., 1] = 13
+    assert psnr(decoded, flat(10)) == pytest.approx(10 * math.log10(255**2 / 3))
+
+
+@given(st.lists(st.tuples(*[st.floats(-3, 12, allow_nan=False)] * 4), max_size=4))
+def test_a_mask_is_every_pixel_that_a_box_touches(boxes: list[tuple[float, float, float, float]]) -> None:
+    sorted_boxes = np.array([[min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)] for x0, y0, x1, y1 in boxes], np.float64).reshape(-1, 4)
+    expected = np.zeros((7, 9), bool)
+    for x0, y0, x1, y1 in sorted_boxes:
+        for i in range(7):
+            for j in range(9):  # the box rounded outward: from the pixel that holds its corner to the one that its end reaches into
+                expected[i, j] |= math.floor(x0) <= j < math.ceil(x1) and math.floor(y0) <= i < math.ceil(y1)
+    assert np.array_equal(box_mask(sorted_boxes, 7, 9), expected)
+
+
+def test_jpeg_bytes_are_those_of_the_file() -> None:
+    pixels = draw_scene(0).image
+    sizes = [jpeg_bytes(pixels, quality) for quality in (5, 30, 95)]
+    assert sizes == sorted(set(sizes))
+    assert jpeg_bytes(flat(90, 64, 96), 30) < jpeg_bytes(pixels, 30)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=30, optimize=True)
+    assert sizes[1] == len(file.getvalue())
