@@ -324,7 +324,10 @@ def test_interrupted_at_any_write_it_goes_on_and_gives_the_same_bytes(
 def test_leftovers_of_a_killed_run_are_removed(encoder: Encoder, tmp_path: Path) -> None:
     convert(source(), tmp_path / "undisturbed", JOB)
     interrupted(encoder, source(), tmp_path / "d", 2)
-    (tmp_path / "d" / ".rinr" / ".train-000000-0001.tar.123.tmp").write_bytes(b"half")
+    leftover = tmp_path / "d" / ".rinr" / ".train-000000-0001.tar.123.tmp"
+    leftover.write_bytes(b"half")
+    interrupted(encoder, source(), tmp_path / "d", 0)
+    assert not leftover.exists()
     convert(source(), tmp_path / "d", JOB)
     assert tree_hash(tmp_path / "d") == tree_hash(tmp_path / "undisturbed")
 

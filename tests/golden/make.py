@@ -27,7 +27,7 @@ from rinr_loader.presets import Preset, Settings
 from rinr_loader.source import Sample, Source
 
 GOLDEN = Path(__file__).parent
-TINY = Preset(((3, 16),), Schedule(400, 2e-3, 512), ((150.0, 2, 8), (float("inf"), 3, 12)), Schedule(200, 3e-3, 256))
+TINY = Preset(((3, 16),), Schedule(400, 2e-3, 512), ((2, 10), (3, 14)), (150.0,), Schedule(800, 3e-3, 256))
 BOXES = np.array([[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]], np.float32)  # two that overlap, one cut by the border
 CLASSES = np.array([1, 0, 2], np.int64)
 CROWD = np.array([False, False, True])
