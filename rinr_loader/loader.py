@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,8 @@ class DataLoader:
     """Batches of a dataset, decoded together on one device.
 
     Arguments have torch `DataLoader`'s names and meaning where it has them. The order is a pure function of seed, epoch and arguments;
-    a transform's random numbers are one of seed, epoch and the sample's position in the epoch.
+    a transform's random numbers are one of seed, epoch and the sample's position in the epoch. Every iteration is a whole epoch, the one
+    after `load_state_dict` the rest of one.
 
     Args:
         dataset: A directory that `rinr convert` wrote, or a `RinrDataset`.
@@ -138,6 +140,8 @@ class DataLoader:
         for name, (value, least) in {**numbers, "num_workers": (num_workers, 0)}.items():
             if value < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        if size is not None and min(size) < 1:
+            raise ConfigError(f"size: expected height and width of at least 1, got {size}")
         if normalize is not None and not dtype.is_floating_point:
             raise ConfigError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
         self.dataset = dataset if isinstance(dataset, RinrDataset) else RinrDataset(dataset, split)
@@ -154,6 +158,7 @@ class DataLoader:
             raise ConfigError(f"rank: expected 0 to {self._deal.world_size - 1}, got {self._deal.rank}")
         self.epoch = 0
         self._consumed = 0  # samples of this epoch that all ranks together have been given
+        self._begun = False  # whether an iteration of this epoch has begun and not come to its end
 
     def _stored_size(self) -> tuple[int, int]:
         sizes = np.unique(self.dataset.column("stored_size"), axis=0).tolist()
@@ -167,7 +172,7 @@ class DataLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, from its beginning. Without it, epochs count up by themselves."""
-        self.epoch, self._consumed = epoch, 0
+        self.epoch, self._consumed, self._begun = epoch, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is: small, of plain values, for `load_state_dict`."""
@@ -182,24 +187,31 @@ class DataLoader:
         for name, value in {"version": STATE_VERSION, **self._order_arguments()}.items():
             if state.get(name) != value:
                 raise ConfigError(f"state: expected {name} {value!r}, got {state.get(name)!r}; make the loader as it was when the state was saved")
-        self.seed, self.epoch, self._consumed = int(state["seed"]), int(state["epoch"]), int(state["consumed"])
+        self.seed, self.epoch, self._consumed, self._begun = int(state["seed"]), int(state["epoch"]), int(state["consumed"]), False
 
     def _order_arguments(self) -> dict[str, Any]:
         return {"dataset": self.dataset.identity, "shuffle": self.shuffle, "shuffle_shards": self.shuffle_shards}
 
     def __iter__(self) -> Iterator[Batch]:
-        start, epoch = self._consumed, self.epoch
+        if self._begun:  # what was broken off is not continued unasked: as with torch, every iteration is an epoch of its own
+            self.set_epoch(self.epoch + 1)
+        start, epoch, self._begun = self._consumed, self.epoch, True
         shards = self.dataset.shard_samples
         order = epoch_order(shards, seed=self.seed, epoch=epoch, shuffle=self.shuffle, shuffle_shards=self.shuffle_shards)
         batches = [self._deal.positions(i, start) for i in range(self._deal.batches(start))]
         jobs: Iterator[Callable[[], ShardBuffer]] = (partial(self.dataset.read, order[positions % len(order)]) for positions in batches)
         depth = self.prefetch_factor * max(1, self.num_workers)
-        for i, buffer in enumerate(ahead(jobs, threads=self.num_workers, depth=depth)):
-            batch = self._decode(buffer, batches[i], epoch)
-            self._consumed = min(len(order), start + (i + 1) * self.batch_size * self._deal.world_size)
-            if i + 1 == len(batches):
-                self.epoch, self._consumed = epoch + 1, 0
-            yield batch
+        if not batches:
+            self.set_epoch(epoch + 1)
+        # Closed here and not by the garbage collector: an error's traceback would keep the threads alive.
+        with closing(ahead(jobs, threads=self.num_workers, depth=depth)) as buffers:
+            for i, buffer in enumerate(buffers):
+                batch = self._decode(buffer, batches[i], epoch)
+                if i + 1 == len(batches):
+                    self.set_epoch(epoch + 1)
+                else:
+                    self._consumed = start + (i + 1) * self.batch_size * self._deal.world_size
+                yield batch
 
     def _decode(self, buffer: ShardBuffer, positions: NDArray[np.int64], epoch: int) -> Batch:
         draws = Draws(self.seed, epoch, torch.from_numpy(positions))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(jobs: Iterator[Callable[[], T]], *, threads: int, depth: int) -> Iterator[T]:
+def ahead(jobs: Iterator[Callable[[], T]], *, threads: int, depth: int) -> Generator[T, None, None]:
     """Run jobs on threads, at most `depth` ahead of the consumer, and yield their results in order.
 
     Args:
