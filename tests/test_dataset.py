@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCENE_NAMES
+from conftest import SCENE_NAMES, assert_close
 from small_datasets import drawn, edit, write_detection
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
-from rinr_loader import ConfigError, RinrDataset, ShardError
+from rinr_loader import BundleError, ConfigError, RinrDataset, ShardError
+from rinr_loader.cli import app
 from rinr_loader.decode import decode, whole
 
 KEYS = ["a.left", "dir/b", "dir/c", "dir/images/d", "e"]
@@ -148,3 +151,68 @@ def test_a_shard_cut_off_after_opening_is_an_error_not_wrong_pixels(copy: Path) 
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(ShardError, match=r"train-000001\.tar: expected bytes .* the shard is truncated"):
         source.read([3, 4])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_workers_share_out_many_samples_evenly(dataset: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rinr_loader.dataset.AT_ONCE", 1)
+    shares = []
+    for number in range(workers):
+        monkeypatch.setattr("rinr_loader.dataset.get_worker_info", lambda number=number: SimpleNamespace(id=number, num_workers=workers))
+        shares.append([target["key"] for _, target in RinrDataset(dataset)])
+    assert sorted(key for share in shares for key in share) == sorted(KEYS)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_samples_of_one_size_are_decoded_together_and_others_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [image for image, _ in RinrDataset(dataset)]
+    for at_once in (1, 2, 3, 5):
+        monkeypatch.setattr("rinr_loader.dataset.AT_ONCE", at_once)
+        for (image, target), expected in zip(RinrDataset(dataset), plain, strict=True):
+            assert_close(image, expected, "pixels")
+            assert RinrDataset(dataset).keys[target["index"]] == target["key"]
+
+
+def test_iterating_filters_where_images_get_smaller(dataset: Path) -> None:
+    filtered, points = (next(iter(RinrDataset(dataset, size=(6, 8), antialias=flag)))[0] for flag in (True, False))
+    buffer = RinrDataset(dataset).read([0])
+    assert torch.equal(filtered, decode(buffer, whole(buffer, (6, 8)), size=(6, 8))[0])
+    assert torch.equal(points, decode(buffer, whole(buffer, (6, 8)), size=(6, 8), antialias=False)[0])
+    assert not torch.equal(filtered, points)
+
+
+def test_crowds_and_classes_come_with_the_boxes(dataset: Path) -> None:
+    source = RinrDataset(dataset, size=(50, 60))
+    for (_, target), label in zip(source, source.labels, strict=True):
+        height, width = label["size"]
+        scale = torch.tensor([60 / width, 50 / height] * 2)
+        assert_close(target["boxes"], torch.from_numpy(label["boxes"]) * scale, "boxes")
+        assert target["classes"].tolist() == label["classes"].tolist()
+        assert target["crowd"].tolist() == label["crowd"].tolist()
+
+
+def test_a_damaged_sample_is_named_while_iterating(copy: Path) -> None:
+    source = RinrDataset(copy)
+    offset = int(source.column("offset")[1])
+    edit(copy / "train/train-000000.tar", lambda data: data.__setitem__(offset + 100, data[offset + 100] ^ 1))
+    with pytest.raises(BundleError, match=r"^train-000000\.tar:dir/b\.rinr: expected checksum"):
+        list(source)
+
+
+def test_an_index_made_again_as_the_message_says_is_good(copy: Path) -> None:
+    labels = RinrDataset(copy).labels
+    index = copy / "train/train-000000.safetensors"
+    edit(index, lambda data: data.__setitem__(-1, data[-1] ^ 1))
+    with pytest.raises(ShardError, match=r"make it again with `rinr index`$"):
+        RinrDataset(copy)
+    assert CliRunner().invoke(app, ["index", str(copy)]).exit_code == 0
+    for again, before in zip(RinrDataset(copy).labels, labels, strict=True):
+        assert again["key"] == before["key"]
+        assert np.array_equal(again["boxes"], before["boxes"])
+
+
+def test_a_split_that_is_offered_can_be_opened(dataset: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RinrDataset(dataset, "test")
+    offered = str(caught.value).split("got only ")[1].split(";")[0].split(", ")
+    assert [len(RinrDataset(dataset, split)) for split in offered] == [5, 2]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +37,10 @@ def make(dataset: Path | RinrDataset, **arguments: object) -> DataLoader:
     return DataLoader(dataset, device="cpu", **{"batch_size": 3, **arguments})  # type: ignore[arg-type]
 
 
-def contents(batches: Iterator[object] | DataLoader) -> list[tuple[object, ...]]:
+def contents(batches: Iterable[object]) -> list[tuple[object, ...]]:
     """Everything of some batches that can be compared with ==."""
     found = []
-    for images, targets in batches:  # type: ignore[misc, attr-defined]
+    for images, targets in batches:  # type: ignore[misc]
         columns = (targets.boxes, targets.classes, targets.crowd, targets.batch_index, targets.labels)
         found.append((images.numpy().tobytes(), targets.keys, *[column.tolist() for column in columns]))
     return found
@@ -241,3 +243,112 @@ def test_a_transform_of_ones_own_is_a_function(dataset: Path) -> None:
     turned, targets = next(iter(make(dataset, transform=upside_down)))
     assert (turned.flip(2).int() - plain.int()).abs().max() <= 1
     assert torch.allclose(targets.boxes[:, 1], SIZE[0] - plain_targets.boxes[:, 3])
+
+
+def test_what_was_broken_off_is_not_continued_unasked(dataset: Path) -> None:
+    arguments = {**AUGMENTED, "transform": None}
+    epochs = [contents(loader) for loader in [make(dataset, **arguments)] for _ in range(3)]
+    loader = make(dataset, **arguments)
+    next(iter(loader))  # a look at a batch
+    assert contents(loader) == epochs[1], "every iteration is a whole epoch, and another one"
+    for _ in loader:
+        break
+    assert len(contents(loader)) == len(loader)
+    loader.set_epoch(0)
+    next(iter(loader))
+    loader.set_epoch(0)
+    assert contents(loader) == epochs[0]
+
+
+def test_a_chain_of_interruptions_is_one_epoch(dataset: Path) -> None:
+    uninterrupted = contents(make(dataset, **AUGMENTED))
+    state, found = make(dataset, **AUGMENTED).state_dict(), []
+    for k in range(4):
+        loader = make(dataset, **AUGMENTED, num_workers=k % 2)
+        loader.load_state_dict(json.loads(json.dumps(state)))
+        found += contents([next(iter(loader))])
+        state = loader.state_dict()
+    assert found == uninterrupted
+    assert (state["epoch"], state["consumed"]) == (1, 0)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (2, 1), (7, 1), (1, 2), (2, 3)])
+def test_the_rest_of_an_epoch_may_have_other_batches(dataset: Path, batch_size: int, world_size: int) -> None:
+    def given_out(loader: DataLoader) -> list[str]:
+        return [key for _, targets in loader for key in targets.keys]
+
+    whole_epoch = given_out(make(dataset, shuffle=True))
+    first = make(dataset, shuffle=True)
+    next(iter(first))
+    rest = []
+    for rank in range(world_size):
+        loader = make(dataset, shuffle=True, batch_size=batch_size, rank=rank, world_size=world_size)
+        loader.load_state_dict(first.state_dict())
+        rest += given_out(loader)
+    assert set(rest) - set(whole_epoch[: len(rest) - 8]) == set(whole_epoch[3:])
+    assert len(rest) - 8 < world_size
+
+
+def test_an_epoch_without_batches_ends(dataset: Path) -> None:
+    loader = make(dataset, batch_size=20, drop_last=True)
+    assert len(loader) == 0
+    assert contents(loader) == []
+    assert loader.epoch == 1
+    # The rest of an epoch may be too short for one batch of another size.
+    first = make(dataset, batch_size=5)
+    batches = iter(first)
+    next(batches)
+    next(batches)
+    second = make(dataset, batch_size=4, drop_last=True)
+    second.load_state_dict(first.state_dict())
+    assert contents(second) == []
+    assert len(contents(second)) == 2
+
+
+def test_a_position_is_augmented_alike_on_every_rank(dataset: Path) -> None:
+    alone = {key: image for images, targets in make(dataset, **AUGMENTED) for key, image in zip(targets.keys, images, strict=True)}
+    for rank in range(2):
+        for images, targets in make(dataset, **AUGMENTED, rank=rank, world_size=2):
+            for key, image in zip(targets.keys, images, strict=True):
+                again = torch.equal(image, alone[key]) or (image.int() - alone[key].int()).abs().max() <= 1
+                assert again or key == next(iter(alone)), "only what fills the last batch stands at another position"
+
+
+def test_no_thread_outlives_an_error(dataset: Path) -> None:
+    def broken(source_size: Tensor, *, size: tuple[int, int], random: object) -> Placements:
+        raise RuntimeError("of my own")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="of my own") as caught:
+        next(iter(make(dataset, num_workers=3, batch_size=1, transform=broken)))
+    assert caught.tb is not None, "the traceback is alive, and with it the frames"
+    assert threading.active_count() == before
+
+
+def test_the_advice_about_sizes_works(tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    write_shards(dest, [drawn("a", 1), drawn("b", 2, width=40, height=30)], names=SCENE_NAMES)
+    with pytest.raises(ConfigError) as caught:
+        make(dest)
+    advice = re.search(r"pass (size=\(height, width\))$", str(caught.value))
+    assert advice
+    arguments = eval(f"dict({advice[1]})", {"height": 18, "width": 22})  # noqa: S307
+    assert next(iter(make(dest, **arguments))).images.shape == (2, 3, 18, 22)
+    for size in ((0, 20), (20, 0), (-3, 5)):
+        with pytest.raises(ConfigError, match=r"size: expected height and width of at least 1"):
+            make(dest, size=size)
+
+
+def test_the_advice_about_normalize_works(dataset: Path) -> None:
+    statistics = ((0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ConfigError, match=r"pass dtype=torch\.float32$"):
+        make(dataset, normalize=statistics)
+    assert next(iter(make(dataset, normalize=statistics, dtype=torch.float32))).images.dtype == torch.float32
+
+
+def test_a_path_takes_a_split_and_a_dataset_has_its_own(tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    write_shards(dest, [drawn("a", 1), drawn("b", 2, split="val")], names=SCENE_NAMES)
+    assert next(iter(make(dest, split="val"))).targets.keys == ("b",)
+    assert next(iter(make(RinrDataset(dest, "val")))).targets.keys == ("b",)
+    assert next(iter(make(dest / "data.yaml"))).targets.keys == ("a",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,6 +75,14 @@ def test_shards_and_samples_are_both_shuffled() -> None:
         inside = found[k : k + 20]
         assert len(set((inside // 20).tolist())) == 1
         assert inside.tolist() != sorted(inside.tolist())
+
+
+def test_the_shards_of_a_window_are_mixed() -> None:
+    found = np.array(order([20] * 9, shuffle_shards=3)) // 20
+    for first in range(0, 180, 60):
+        part = found[first : first + 60].tolist()
+        assert len(set(part)) == 3
+        assert sum(a != b for a, b in pairwise(part)) > 20, "not shard after shard"
 
 
 def test_a_window_as_large_as_the_dataset_is_a_full_permutation() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rinr_loader.quality import box_mask, jpeg_bytes, psnr
+from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
 
 
 def flat(value: int, height: int = 4, width: int = 5) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -68,3 +68,9 @@ def test_jpeg_bytes_are_those_of_the_file() -> None:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=30, optimize=True)
     assert sizes[1] == len(file.getvalue())
+
+
+def test_a_mean_leaves_out_what_was_not_measured() -> None:
+    assert mean_of([np.array([30, np.nan], np.float32), np.array([40], np.float32)]) == pytest.approx(35)
+    assert mean_of([np.array([np.nan], np.float32)]) is None
+    assert mean_of([]) is None
