@@ -100,8 +100,9 @@ class Encoder:
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
-    """Conversions of this test encode for nothing, in units of two samples."""
+    """Conversions of this test encode for nothing, in units of two samples, and do not wait for the disk."""
     made = Encoder()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(units, "encode_unit", made)
     monkeypatch.setattr(units, "UNIT", 2)
     return made
