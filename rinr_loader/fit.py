@@ -41,7 +41,7 @@ class Schedule:
     steps: int
     lr: float
     pixels: int
-    quantize_from: float = 0.6
+    quantize_from: float = 0.9
     checks: int = 20
     patience: int = 6
 
