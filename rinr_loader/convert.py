@@ -79,7 +79,7 @@ class Report:
         problems: What was left out, and why.
         dropped_boxes: Boxes left out, by reason.
         seconds: Time it took.
-        psnr, object_psnr: Means over the samples in dB, None where there is nothing to measure.
+        psnr, object_psnr: Mean of each split's samples in dB, None where there is nothing to measure.
         bytes: Of all files of the dataset.
         source_bytes: Of the source's picture files.
     """
@@ -89,8 +89,8 @@ class Report:
     problems: tuple[Problem, ...]
     dropped_boxes: dict[str, int]
     seconds: float
-    psnr: float | None
-    object_psnr: float | None
+    psnr: dict[str, float | None]
+    object_psnr: dict[str, float | None]
     bytes: int
     source_bytes: int
 
@@ -300,8 +300,7 @@ def _report(dest: Path, seconds: float) -> Report:
     """What a finished dataset says of itself."""
     described = json.loads((dest / DATASET).read_bytes())
     left_out = json.loads((dest / REPORT).read_bytes())
-    rows = [row for split in described["splits"].values() for row in split["shards"]]
-    indexes = [_open_shard(dest, row) for row in rows]
+    indexes = {split: [_open_shard(dest, row) for row in table["shards"]] for split, table in described["splits"].items()}
     files = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     return Report(
         dest=dest,
@@ -309,8 +308,8 @@ def _report(dest: Path, seconds: float) -> Report:
         problems=tuple(Problem(*problem) for problem in left_out["problems"]),
         dropped_boxes=left_out["dropped_boxes"],
         seconds=seconds,
-        psnr=mean_of([index.psnr for index in indexes]),
-        object_psnr=mean_of([index.object_psnr for index in indexes]),
+        psnr={split: mean_of([index.psnr for index in found]) for split, found in indexes.items()},
+        object_psnr={split: mean_of([index.object_psnr for index in found]) for split, found in indexes.items()},
         bytes=files,
         source_bytes=described["source"]["bytes"],
     )

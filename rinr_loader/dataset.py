@@ -182,7 +182,7 @@ def load_metadata(path: str | Path) -> tuple[Path, dict[str, Any]]:
     try:
         described = json.loads((root / DATASET).read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: expected a directory with {DATASET}, got none; make one with `rinr convert SOURCE {root}`") from None
+        raise ConfigError(f"{path}: expected a directory with {DATASET}, got none; make one with `rinr convert SOURCE DEST`") from None
     except NotADirectoryError:
         raise ConfigError(f"{path}: expected a directory with {DATASET}, got a file; pass the directory that `rinr convert` wrote") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from rinr_loader.verify import Verification
 if TYPE_CHECKING:
     from rinr_loader.demo import DemoReport
 
+BLURRED = 3.0  # dB
 TOLD = 10  # problems that are told one by one
 CLASSES = 20  # classes likewise
 
@@ -36,11 +37,24 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     samples = ", ".join(f"{split} {report.samples[split]}" for split in SPLITS if split in report.samples)
     result(f"{report.dest}: {samples} samples in {time_text(report.seconds)}")
     total = sum(report.samples.values())
-    share = f", {report.bytes / report.source_bytes:.2f} times the source's {bytes_text(report.source_bytes)}" if report.source_bytes else ""
+    share = f", {report.bytes / report.source_bytes:.2f} times the source files' {bytes_text(report.source_bytes)}" if report.source_bytes else ""
     result(f"  bytes   {bytes_text(report.bytes)} ({bytes_text(report.bytes / total)} a sample){share}")
-    result(f"  PSNR    {psnr_text(report.psnr)}, objects {psnr_text(report.object_psnr)}")
+    for split in report.samples:
+        result(f"  PSNR    {split}: {psnr_text(report.psnr[split])}, objects {psnr_text(report.object_psnr[split])}")
+    _warn_of_blurred_objects(report)
     if report.dropped_boxes:
         result("  boxes left out  " + ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped_boxes.items())))
+
+
+def _warn_of_blurred_objects(report: Report) -> None:
+    """Say it where the objects of a split that was encoded blind to its labels are far from those that training sees."""
+    train = report.object_psnr.get("train")
+    for split, found in report.object_psnr.items():
+        if train is not None and found is not None and found < train - BLURRED:
+            warn(
+                f"{split}: its objects have {train - found:.0f} dB less than those of train, since it is encoded without a look at its labels; "
+                "small ones may be lost. Keep plain pictures for it, or convert with --val-residuals."
+            )
 
 
 def estimate_report(estimate: Estimate, *, as_json: bool) -> None:

@@ -176,7 +176,9 @@ def test_options_reach_the_conversion(source: Path, tmp_path: Path) -> None:
 
 
 def test_looking_at_the_labels_of_val_is_warned_of(source: Path, tmp_path: Path) -> None:
-    assert "warning" not in convert(source, tmp_path / "blind").stderr
+    told = convert(source, tmp_path / "blind").stderr
+    assert "--val-residuals: the pictures" not in told
+    assert "val: its objects have" in told, "what encoding blind to the labels costs is said too"
     assert (
         "--val-residuals: the pictures of val and test get better where their labels are" in convert(source, tmp_path / "d", "--val-residuals").stderr
     )

@@ -134,9 +134,10 @@ def test_the_directory(encoder: Encoder, tmp_path: Path) -> None:
     assert report.dropped_boxes == {}
     assert report.bytes == sum((tmp_path / "d" / file).stat().st_size for file in files)
     assert report.source_bytes == sum(len(s.image) for s in source().samples if isinstance(s.image, bytes))
-    assert report.psnr == pytest.approx(
-        np.mean([parse(data).psnr or 0 for split in ("train", "val") for data in members(tmp_path / "d", split).values()])
-    )
+    for split in ("train", "val"):
+        stored = [parse(data) for data in members(tmp_path / "d", split).values()]
+        assert report.psnr[split] == pytest.approx(np.mean([bundle.psnr or 0 for bundle in stored]))
+        assert report.object_psnr[split] == pytest.approx(np.mean([bundle.object_psnr for bundle in stored if bundle.object_psnr is not None]))
 
 
 def test_shards_hold_the_samples_in_order(encoder: Encoder, tmp_path: Path) -> None:
@@ -785,7 +786,7 @@ def test_estimate_spreads_its_samples_and_extrapolates(encoder: Encoder, tmp_pat
     report = convert(made, tmp_path / "d", JOB)
     bundles = sum(len(data) for split in ("train", "val") for data in members(tmp_path / "d", split).values())
     assert found.bytes == pytest.approx(bundles, rel=0.05)
-    assert found.psnr == pytest.approx(report.psnr, abs=3)
+    assert found.psnr == pytest.approx(report.psnr["train"], abs=3)
     assert 0 < found.hours < 1
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPOSITORY, SCENE_NAMES, draw_scene, needs
 from small_datasets import drawn
 from tiny_shards import TINY, png, write_shards
@@ -64,7 +63,7 @@ def test_a_snippet_runs(folder: Path, number: int, capsys: pytest.CaptureFixture
     write_datasets(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {"torch": torch})  # noqa: S102 - our own README
+        exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})  # noqa: S102 - our own README
     if "print(" in SNIPPETS[number]:
         assert capsys.readouterr().out
 
