@@ -39,6 +39,7 @@ from rinr_loader.units import plan_units
 from rinr_loader.writer import read_tar
 
 SPEC = NetworkSpec("background", 1, 2, "int8")
+BAD_PICTURE = b"this is no picture"
 NAMES = ("ellipse", "rectangle", "triangle")
 
 
@@ -451,6 +452,15 @@ def test_a_picture_that_became_readable_is_taken_in(encoder: Encoder, tmp_path: 
     assert (report.samples, report.problems) == ({"train": 7}, ())
 
 
+def test_a_unit_with_an_unreadable_picture_is_not_encoded_again(encoder: Encoder, tmp_path: Path) -> None:
+    made = Source("drawn", [sample("a", 0, image=BAD_PICTURE), *source().samples], NAMES)
+    interrupted(encoder, made, tmp_path, 2)
+    encoder.encoded.clear()
+    report = convert(made, tmp_path, JOB)
+    assert "train-000000-0000" not in encoder.encoded
+    assert len(report.problems) == 1
+
+
 OTHER_JOBS = {
     "seed 0 instead of 3": Job(Settings(seed=3), shard_samples=3),
     "mode qre instead of re": Job(Settings(mode="re"), shard_samples=3),
@@ -624,8 +634,6 @@ def test_no_space_left_in_a_worker(tmp_path: Path) -> None:
 
 
 # --- what cannot be used ---
-
-BAD_PICTURE = b"this is no picture"
 
 
 def test_unreadable_pictures_are_told_and_left_out(encoder: Encoder, tmp_path: Path) -> None:
