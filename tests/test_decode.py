@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,20 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, draw_scene, psnr
 from networks import BACKGROUNDS, DIRECT, RESIDUALS, Floats, evaluate, random_bundle
+from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity, profile
 
 from rinr_loader import decode as decoding
+from rinr_loader import presets
 from rinr_loader.bundle import NetworkSpec, parse
 from rinr_loader.decode import decode, decode_batch, whole
+from rinr_loader.encode import encode_unit
 from rinr_loader.errors import BundleError
+from rinr_loader.fit import Schedule
 from rinr_loader.geometry import Letterbox, Placements, Resize, flip, warp
+from rinr_loader.image import read_image
 from rinr_loader.mosaic import RandomAffine, mosaic_affine
+from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.reader import ShardBuffer, buffer_of
 from rinr_loader.rng import Draws
@@ -317,18 +324,20 @@ def test_later_direct_networks_cover_earlier_ones_in_every_sample() -> None:
 # --- filtering ---
 
 
-@pytest.fixture(scope="module")
-def detailed() -> bytes:
-    """A drawn scene, fitted until its texture is there."""
-    from rinr_loader import presets
-    from rinr_loader.encode import Picture, encode_unit
-    from rinr_loader.fit import Schedule
-
-    pixels = draw_scene(3, width=192, height=144, objects=3).image
-    picture = Picture(pixels, (144, 192), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_))
+def fitted(pixels: NDArray[np.uint8]) -> bytes:
+    """A picture, fitted until its texture is there."""
+    height, width, _ = pixels.shape
+    picture = Picture(pixels, (height, width), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "fast", replace(presets.PRESETS["fast"], backgrounds=((5, 48),), background=Schedule(400, 1.5e-3, 1024)))
         (bundle,) = encode_unit([picture], Settings("fast", mode="be"), unit="detailed", threads=1)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def detailed() -> bytes:
+    pixels = draw_scene(3, width=192, height=144, objects=3).image
+    bundle = fitted(pixels)
     assert psnr(decode_batch([bundle])[0].permute(1, 2, 0), pixels) > 24
     return bundle
 
@@ -345,9 +354,9 @@ def sharpness(bundle: bytes, factor: int) -> tuple[float, float]:
     matrix[:, 0, 0], matrix[:, 1, 1] = factor, factor
     placed = replace(whole(buffer, size), matrix=matrix)
     filtered, point = (psnr(decode(buffer, placed, size=size, antialias=antialias), expected) for antialias in (True, False))
-    # What the filter is: the mean of the stored pixels under each output pixel.
-    mean = F.avg_pool2d(full, factor).mul(255).round().byte()
-    assert_close(decode(buffer, placed, size=size), mean, "pixels")
+    # What the filter is: the mean of the stored pixels under each output pixel. It is clamped once, after the mean, the whole picture before it.
+    mean = F.avg_pool2d(full, factor).mul(255).round()
+    assert float(((decode(buffer, placed, size=size).float() - mean).abs() > 1).float().mean()) < 0.02
     return filtered, point
 
 
@@ -356,6 +365,19 @@ def test_filtered_downscaling_is_near_to_torchs(detailed: bytes, factor: int) ->
     filtered, point = sharpness(detailed, factor)
     assert filtered >= 35
     assert filtered >= point + 6
+
+
+@pytest.mark.slow
+@pytest.mark.real_data("kodak")
+def test_filtered_downscaling_of_photographs(real_data: Path) -> None:
+    """Torch's filter is a triangle, ours a box: on the sharpest facades even the photographs themselves differ by 32 dB between the two."""
+    crops = [read_image(path).pixels[100:244, 200:392] for path in sorted((real_data / "kodak").glob("*.png"))]
+    bundles = [fitted(crop) for crop in crops]
+    for factor in (3, 4):
+        both = [sharpness(bundle, factor) for bundle in bundles]
+        assert np.mean([filtered for filtered, _ in both]) >= 35, both
+        assert min(filtered for filtered, _ in both) >= 31, both
+        assert min(filtered - point for filtered, point in both) >= 6, both
 
 
 def test_samples_a_pixel_follow_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,15 +569,16 @@ def peak(buffer: ShardBuffer, size: tuple[int, int], **options: Any) -> int:
     [
         ((40, 60), 1, (2000, 2000), {}),
         ((40, 60), 2, (600, 600), {"dtype": torch.float32, "normalize": ((0.5,) * 3, (0.5,) * 3), "channels_last": True}),
-        ((40, 60), 400, (2, 2), {"antialias": False}),
+        ((40, 60), 300, (2, 2), {"antialias": False}),
         ((1200, 1200), 1, (150, 150), {}),
     ],
 )
 def test_memory_stays_below_the_stated_bound(stored: tuple[int, int], count: int, size: tuple[int, int], options: dict[str, Any]) -> None:
-    spec = NetworkSpec("background", 3, 32, "int8")
+    spec = NetworkSpec("background", 3 if count == 1 else 7, 32, "int8")
     buffer = buffer_of([random_bundle(0, stored=stored, background=spec, residuals=[(RESIDUALS[0], (5, 5, 35, 30))])] * count)
     pixels = count * size[0] * size[1]
     result = pixels * 3 * options.get("dtype", torch.uint8).itemsize
     launch = decoding.POINTS["cpu"] * (8 * spec.width + 128)
+    parameters = min(launch, 32 * spec.weights * count)
     highest = peak(buffer, size, **options)
-    assert result < highest <= result + 16 * pixels + 2 * launch
+    assert result < highest <= result + 16 * pixels + launch + parameters

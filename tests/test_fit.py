@@ -203,23 +203,36 @@ def test_a_collapsed_fit_goes_back_to_its_best_state(value: float, monkeypatch: 
     assert measure(fitted, FLOAT, of) == pytest.approx(fitted.psnr, abs=0.01)
 
 
-def test_after_a_collapse_the_steps_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_collapse_the_learning_rate_is_halved_and_rises_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, int]] = []
+    genuine = fitting._adam
+
+    def spy(stack: fitting._Stack, schedule: Schedule) -> None:
+        seen.append((stack.rate[0], stack.since[0]))
+        genuine(stack, schedule)
+
+    monkeypatch.setattr(fitting, "_adam", spy)
+    disturbed(monkeypatch, 31, 0.7)
+    run([task(2)], schedule=Schedule(100, 1e-2, 64))
+    assert seen[:35] == [(1.0, step) for step in range(35)]  # noticed at the check after step 35
+    assert seen[35:55] == [(0.5, step) for step in range(20)]
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[float] = []
     genuine = fitting._adam
 
     def spy(stack: fitting._Stack, schedule: Schedule) -> None:
-        before = stack.flat.clone()
+        stack.grad.fill_(1.0)  # Adam's step is then the learning rate itself
+        before = stack.flat.double().clone()
         genuine(stack, schedule)
-        moved.append(float((stack.flat - before).abs().mean()))
+        moved.append(float((before - stack.flat).mean()))
 
     monkeypatch.setattr(fitting, "_adam", spy)
-    schedule = Schedule(200, 1e-2, 64, quantize_from=1.0, patience=100)
-    run([task(2, smooth=False)], schedule=schedule)
-    calm = moved.copy()
-    moved.clear()
-    disturbed(monkeypatch, 31, 0.7)
-    run([task(2, smooth=False)], schedule=schedule)
-    assert sum(moved[50:150]) < 0.75 * sum(calm[50:150])
+    monkeypatch.setattr(fitting, "COLLAPSE", math.inf)
+    run([task(2)], schedule=Schedule(200, 1e-2, 64, patience=1000))
+    expected = [1e-2 * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / 200)) for step in range(200)]
+    np.testing.assert_allclose(moved, expected, rtol=1e-2, atol=1e-6)
 
 
 # --- stopping ---

