@@ -117,7 +117,7 @@ class Settings:
     def residual_schedule(self, spec: NetworkSpec) -> Schedule:
         schedule = PRESETS[self.preset].residual
         # Deep residuals are those of large boxes: more pixels a step, or they idle through a short fit.
-        return _for_shape(replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3)), spec)
+        return _for_shape(replace(schedule, pixels=schedule.pixels * 2 ** max(0, spec.depth - 3)), spec)
 
 
 def _for_shape(schedule: Schedule, spec: NetworkSpec) -> Schedule:
