@@ -8,27 +8,62 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rinr_loader.errors import BundleError
+from rinr_loader.jpeg_header import read_header
+from rinr_loader.specs import (
+    CODES,
+    CODES_OF,
+    DTYPES,
+    FAMILIES,
+    KINDS,
+    Code,
+    Dtype,
+    Family,
+    JpegSpec,
+    Kind,
+    NetworkSpec,
+    Spec,
+    TileSpec,
+    record_of,
+    spec_of,
+)
+
+__all__ = [
+    "ALIGNMENT",
+    "DTYPES",
+    "HEADER",
+    "KINDS",
+    "NETWORK",
+    "NO_OBJECT",
+    "OBJECT",
+    "SHARED_AT",
+    "VERSION",
+    "Bundle",
+    "Dtype",
+    "Family",
+    "JpegSpec",
+    "Kind",
+    "Network",
+    "NetworkSpec",
+    "Spec",
+    "TileSpec",
+    "check_bytes",
+    "pack",
+    "parse",
+]
 
 MAGIC = b"RINR"
 VERSION = 1
-SIREN = 1  # family id
 ALIGNMENT = 16  # weights are read in place by a GPU
 NO_OBJECT = 0xFFFF
 
-Kind = Literal["background", "residual", "direct"]
-Dtype = Literal["int8", "float16"]
 Check = Callable[["bool | np.bool_", str, object, object], None]
-KINDS: tuple[Kind, ...] = ("background", "residual", "direct")
-DTYPES: tuple[Dtype, ...] = ("int8", "float16")
-MAX_DEPTH, MAX_WIDTH, MAX_W0 = 64, 256, 1000.0
 
 HEADER = struct.Struct("<4s4BII4H2Hi8s4s2H")
 OBJECT = np.dtype([("box", "<f4", 4), ("class_id", "<u4"), ("flags", "<u4")])
@@ -49,62 +84,23 @@ NETWORK = np.dtype(
 )
 _CROWD = 1
 _CHECKSUM_AT = 12
-
-
-@dataclass(frozen=True, order=True)
-class NetworkSpec:
-    """The shape of a network: everything that two networks must share to be decoded in one launch.
-
-    Args:
-        kind: What its output means: `background` and `direct` give colour, `residual` what is missing to it.
-        depth: Number of sine layers; one linear layer to 3 channels follows.
-        width: Units of each sine layer.
-        dtype: How the weights are stored: `int8` with a float16 scale a row, or `float16`. Biases are float16.
-        w0: Activation frequency of every sine layer.
-    """
-
-    kind: Kind
-    depth: int
-    width: int
-    dtype: Dtype
-    w0: float = 30.0
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of each layer's weight matrix."""
-        return ((self.width, 2), *((self.width, self.width),) * (self.depth - 1), (3, self.width))
-
-    @property
-    def rows(self) -> int:
-        return self.depth * self.width + 3
-
-    @property
-    def weights(self) -> int:
-        return sum(rows * columns for rows, columns in self.shapes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored: scales (int8 only), biases, weights."""
-        return 4 * self.rows + self.weights if self.dtype == "int8" else 2 * self.rows + 2 * self.weights
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.depth}x{self.width} {self.dtype}" + ("" if self.w0 == 30.0 else f" w0={self.w0:g}")
+SHARED_AT = 32  # where a header names its shared parameters, in 8 bytes
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network of a bundle.
+    """One network of a bundle, or what stands for one in a family without networks.
 
     Args:
         spec: Its shape.
         rect: The stored pixels it covers: x0, y0, x1, y1, exclusive at the end.
-        scale: Factor from the network's output to colour, where 1 is 255.
-        weights: `spec.nbytes` bytes.
+        scale: Factor from the network's output to colour, where 1 is 255; of `tile` the quantization step in grey levels, of `jpeg` 1.
+        weights: `spec.nbytes` bytes; any number where that is None.
         feather: Width in stored pixels of the ramp at the inner edges of `rect`.
         object: Index of the object it belongs to, or -1.
     """
 
-    spec: NetworkSpec
+    spec: Spec
     rect: tuple[int, int, int, int]
     scale: float
     weights: bytes
@@ -142,6 +138,11 @@ class Bundle:
     source_hash: bytes = bytes(4)
     shared: bytes = bytes(8)
 
+    @property
+    def family(self) -> Family:
+        """What it is decoded by: the family of its first network, and so of all."""
+        return self.networks[0].spec.family if self.networks else "siren"
+
 
 def pack(bundle: Bundle) -> bytes:
     """Serialize a bundle.
@@ -170,16 +171,18 @@ def _assemble(bundle: Bundle) -> bytearray:
     body = bytearray()
     start = HEADER.size + objects.nbytes + networks.nbytes
     for row, network in zip(networks, bundle.networks, strict=True):
-        spec = network.spec
-        body += bytes(-(start + len(body)) % ALIGNMENT)
-        row["kind"], row["dtype"], row["depth"] = KINDS.index(spec.kind), DTYPES.index(spec.dtype), spec.depth
-        row["width"], row["w0"], row["scale"], row["feather"] = spec.width, spec.w0, network.scale, network.feather
+        kind, depth, width, dtype, w0 = record_of(network.spec)
+        if network.weights:  # nothing needs no place of its own
+            body += bytes(-(start + len(body)) % ALIGNMENT)
+        row["kind"], row["dtype"], row["depth"] = KINDS.index(kind), CODES.index(dtype), depth
+        row["width"], row["w0"], row["scale"], row["feather"] = width, w0, network.scale, network.feather
         if network.object >= NO_OBJECT:
             raise OverflowError(f"object {network.object}")
         row["object"] = NO_OBJECT if network.object < 0 else network.object
         row["rect"], row["offset"], row["length"] = network.rect, start + len(body), len(network.weights)
         body += network.weights
-    head = [MAGIC, VERSION, SIREN, 0, 0, start + len(body), 0, *bundle.stored_size, *bundle.source_size, len(objects), len(networks)]
+    family = FAMILIES.index(bundle.family) + 1
+    head = [MAGIC, VERSION, family, 0, 0, start + len(body), 0, *bundle.stored_size, *bundle.source_size, len(objects), len(networks)]
     tail = [bundle.label, bundle.shared, bundle.source_hash, _centi(bundle.psnr), _centi(bundle.object_psnr)]
     return bytearray(HEADER.pack(*head, *tail) + objects.tobytes() + networks.tobytes() + body)
 
@@ -206,8 +209,8 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
     check_bytes(view, key)
     family, flags, reserved, *rest = HEADER.unpack_from(view)[2:]
     _, _, height, width, source_height, source_width, n_objects, n_networks, label, shared, source_hash, psnr, object_psnr = rest
-    if family != SIREN:
-        raise BundleError(f"{key}: expected family {SIREN} (siren), got {family}; upgrade rinr_loader to read it")
+    if not 1 <= family <= len(FAMILIES):
+        raise BundleError(f"{key}: expected family 1 to {len(FAMILIES)} ({', '.join(FAMILIES)}), got {family}; upgrade rinr_loader to read it")
     check(flags == 0 and reserved == 0, "reserved bytes", 0, (flags, reserved))
     check(min(height, width) > 0, "stored size", "above 0", (height, width))
     check(source_height >= height and source_width >= width, "source size", f"at least {(height, width)}", (source_height, source_width))
@@ -228,7 +231,7 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
     end = tables
     for i, row in enumerate(np.frombuffer(view, NETWORK, n_networks, HEADER.size + objects.nbytes)):
         name = f"network {i}:"
-        spec = _parse_spec(row, check, name)
+        spec = _parse_spec(row, FAMILIES[family - 1], check, name)
         x0, y0, x1, y1 = rect = tuple(row["rect"].tolist())
         check(0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, f"{name} rectangle", f"inside {width}x{height}", rect)
         if i == 0:
@@ -236,17 +239,20 @@ def parse(data: bytes | bytearray | memoryview, key: str = "bundle") -> Bundle:
         check((spec.kind == "background") == (i == 0), name, "one background, first", spec.kind)
         check(np.isfinite(row["scale"]) and row["scale"] > 0, f"{name} scale", "finite and above 0", float(row["scale"]))
         check(row["object"] == NO_OBJECT or row["object"] < n_objects, f"{name} object", f"below {n_objects}", int(row["object"]))
-        start = end + -end % ALIGNMENT
+        length = int(row["length"])
+        start = end if spec.nbytes == 0 else end + -end % ALIGNMENT
         check(int(row["offset"]) == start, f"{name} offset", start, int(row["offset"]))
-        check(int(row["length"]) == spec.nbytes, f"{name} length", f"{spec.nbytes} bytes for {spec}", int(row["length"]))
-        check(start + spec.nbytes <= len(view), f"{name} end", f"within {len(view)} bytes", start + spec.nbytes)
+        check(length == spec.nbytes or (spec.nbytes is None and length > 0), f"{name} length", f"{spec.nbytes or 'some'} bytes for {spec}", length)
+        check(start + length <= len(view), f"{name} end", f"within {len(view)} bytes", start + length)
         check(not any(view[end:start]), f"{name} padding", "zeros", bytes(view[end:start]))
-        halves = 2 * spec.rows if spec.dtype == "int8" else spec.rows + spec.weights
-        check(np.isfinite(np.frombuffer(view, "<f2", halves, start)).all(), f"{name} weights", "finite", "NaN or infinity")
-        end = start + spec.nbytes
+        if isinstance(spec, NetworkSpec):
+            halves = 2 * spec.rows if spec.dtype == "int8" else spec.rows + spec.weights
+            check(np.isfinite(np.frombuffer(view, "<f2", halves, start)).all(), f"{name} weights", "finite", "NaN or infinity")
+        end = start + length
         owner = -1 if row["object"] == NO_OBJECT else int(row["object"])
         networks.append(Network(spec, rect, float(row["scale"]), bytes(view[start:end]), int(row["feather"]), owner))
     check(end == len(view), "end of weights", f"{end} bytes", len(view))
+    _check_family(networks, shared, (height, width), check)
     return Bundle(
         stored_size=(height, width),
         source_size=(source_height, source_width),
@@ -291,13 +297,29 @@ def _damaged(key: str, name: str, expected: object, found: object) -> BundleErro
     return BundleError(f"{key}: expected {name} {expected}, got {found}; the bundle is damaged, fetch or convert it again")
 
 
-def _parse_spec(row: np.void, check: Check, name: str) -> NetworkSpec:
-    kind, dtype, depth, width, w0 = int(row["kind"]), int(row["dtype"]), int(row["depth"]), int(row["width"]), float(row["w0"])
+def _parse_spec(row: np.void, family: Family, check: Check, name: str) -> Spec:
+    kind, dtype = int(row["kind"]), int(row["dtype"])
     check(kind < len(KINDS), f"{name} kind", f"below {len(KINDS)}", kind)
-    check(dtype < len(DTYPES), f"{name} dtype", f"below {len(DTYPES)}", dtype)
-    check(1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH, f"{name} depth x width", f"1x1 to {MAX_DEPTH}x{MAX_WIDTH}", f"{depth}x{width}")
-    check(bool(np.isfinite(w0)) and 0 < w0 <= MAX_W0, f"{name} w0", f"above 0, at most {MAX_W0:g}", w0)
-    return NetworkSpec(KINDS[kind], depth, width, DTYPES[dtype], w0)
+    codes: dict[int, Code] = {CODES.index(code): code for code in CODES_OF[family]}
+    check(dtype in codes, f"{name} dtype", f"one of {family}: {sorted(codes)}", dtype)
+    record = (KINDS[kind], int(row["depth"]), int(row["width"]), codes[dtype], float(row["w0"]))
+    return spec_of(record, lambda good, what, expected, found: check(good, f"{name} {what}", expected, found))
+
+
+def _check_family(networks: Sequence[Network], shared: bytes, stored_size: tuple[int, int], check: Check) -> None:
+    """Check what a family asks of a bundle as a whole."""
+    first = networks[0]
+    if first.spec.family == "tile":
+        check(any(shared), "shared parameters", "a hash for family tile", "zeros")
+    if first.spec.family == "jpeg":
+        check(not any(shared), "shared parameters", "none for family jpeg", shared.hex())
+        check(first.scale == 1, "network 0: scale", "1 for family jpeg", first.scale)
+        try:
+            header = read_header(first.weights)
+        except ValueError as error:
+            check(False, "network 0: weights", "a JPEG, gray or YCbCr", error)
+        else:
+            check((header.height, header.width) == stored_size, "network 0: weights", f"a JPEG of {stored_size}", (header.height, header.width))
 
 
 def _checksum(data: bytearray | memoryview | bytes) -> int:

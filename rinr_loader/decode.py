@@ -100,6 +100,8 @@ def decode(
         covered = torch.zeros(count * height * width, dtype=torch.bool, device=buffer.device)
         for level in _levels(buffer, view, size, antialias):
             for group, spec in enumerate(buffer.groups):
+                if not isinstance(spec, NetworkSpec):
+                    continue
                 mine = level[buffer.network_group[level.network] == group]
                 for samples in torch.unique(mine.samples).tolist():
                     _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, size, pixels, covered)

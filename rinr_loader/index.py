@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from rinr_loader.bundle import KINDS, Bundle, NetworkSpec, check_bytes, parse
+from rinr_loader.bundle import Bundle, Spec, check_bytes, parse
 from rinr_loader.errors import BundleError, ShardError
 from rinr_loader.index_check import TAR_BLOCK, check_columns, read_groups, refuse
+from rinr_loader.specs import rank, record_of
 
 Array = NDArray[Any]
 SUFFIX = ".rinr"
@@ -50,7 +51,7 @@ class ShardIndex:
         scale, feather: Of each network, float32 and uint8.
     """
 
-    groups: tuple[NetworkSpec, ...]
+    groups: tuple[Spec, ...]
     key: Array
     key_start: Array
     offset: Array
@@ -88,14 +89,19 @@ class ShardIndex:
 
     @property
     def background_bytes(self) -> int:
-        return int(self._network_bytes()[self.network_start[:-1]].sum())
+        return int(self.network_bytes[self.network_start[:-1]].sum())
 
     @property
     def residual_bytes(self) -> int:
-        return int(self._network_bytes().sum()) - self.background_bytes
+        return int(self.network_bytes.sum()) - self.background_bytes
 
-    def _network_bytes(self) -> Array:
-        return np.array([spec.nbytes for spec in self.groups], np.int64)[self.network_group]
+    @property
+    def network_bytes(self) -> Array:
+        """Bytes of each network's weights, int64."""
+        stated = np.array([-1 if spec.nbytes is None else spec.nbytes for spec in self.groups], np.int64)[self.network_group]
+        # What states no length is followed by nothing: it ends with its bundle.
+        end = np.repeat(self.offset + self.size, np.diff(self.network_start))
+        return np.where(stated < 0, end - self.network_offset, stated)
 
 
 def encode_key(key: str) -> str:
@@ -201,7 +207,7 @@ def build_index(rows: Sequence[Row]) -> ShardIndex:
     bundles = [row.bundle for row in rows]
     keys = [row.key.encode() for row in rows]
     networks = [network for bundle in bundles for network in bundle.networks]
-    groups = tuple(sorted({network.spec for network in networks}, key=lambda s: (KINDS.index(s.kind), -s.depth * s.width, s)))
+    groups = tuple(sorted({network.spec for network in networks}, key=rank))
     number = {spec: i for i, spec in enumerate(groups)}
 
     def starts(counts: list[int]) -> Array:
@@ -210,13 +216,14 @@ def build_index(rows: Sequence[Row]) -> ShardIndex:
     def rows_of(values: list[Array], dtype: type, width: tuple[int, ...] = ()) -> Array:
         return np.concatenate(values).astype(dtype) if values else np.zeros((0, *width), dtype)
 
-    # The offset of a network inside its bundle is implied by the format: each starts at the next multiple of 16.
+    # The offset of a network inside its bundle is implied by the format: what has weights starts at the next multiple of 16.
     offsets: list[int] = []
     for row in rows:
         end = row.offset + row.size
         inside: list[int] = []
         for network in reversed(row.bundle.networks):
-            end = (end - network.spec.nbytes) // 16 * 16
+            if network.weights:
+                end = (end - len(network.weights)) // 16 * 16
             inside.append(end)
         offsets += reversed(inside)
     return ShardIndex(
@@ -255,7 +262,7 @@ def dump_index(index: ShardIndex, *, shard_bytes: int) -> bytes:
     """
     columns = {f.name: np.ascontiguousarray(getattr(index, f.name)) for f in dataclasses.fields(index) if f.name != "groups"}
     columns["crowd"] = columns["crowd"].astype(np.uint8)
-    about = {"version": INDEX_VERSION, "shard_bytes": shard_bytes, "groups": [list(dataclasses.astuple(spec)) for spec in index.groups]}
+    about = {"version": INDEX_VERSION, "shard_bytes": shard_bytes, "groups": [list(record_of(spec)) for spec in index.groups]}
     # One metadata entry: safetensors writes several in the order of a hash map, which differs from run to run.
     return safetensors.save(columns, {"rinr": json.dumps(about)})
 

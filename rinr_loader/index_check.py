@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rinr_loader.bundle import ALIGNMENT, DTYPES, HEADER, KINDS, MAX_DEPTH, MAX_W0, MAX_WIDTH, NETWORK, OBJECT, NetworkSpec
+from rinr_loader.bundle import ALIGNMENT, HEADER, NETWORK, OBJECT, Spec
 from rinr_loader.errors import ShardError
+from rinr_loader.specs import CODES, FAMILIES, KINDS, spec_of
 
 Array = NDArray[Any]
 Check = Callable[["bool | np.bool_", object, object], None]
@@ -46,19 +47,19 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
 LEADERS = {"key byte": "key", "sample": "offset", "object": "box", "network": "network_group"}  # the column that tells how many there are
 
 
-def read_groups(rows: Any, check: Check) -> tuple[NetworkSpec, ...]:
+def read_groups(rows: Any, check: Check) -> tuple[Spec, ...]:
     """The network shapes of an index, from its metadata."""
     check(isinstance(rows, list), "a list of network shapes", type(rows).__name__)
     groups = []
     for row in rows:
         check(isinstance(row, list) and [type(value) for value in row] == [str, int, int, str, float], "a network shape", row)
         kind, depth, width, dtype, w0 = row
-        check(kind in KINDS and dtype in DTYPES and 1 <= depth <= MAX_DEPTH and 1 <= width <= MAX_WIDTH and 0 < w0 <= MAX_W0, "a network shape", row)
-        groups.append(NetworkSpec(kind, depth, width, dtype, w0))
+        check(kind in KINDS and dtype in CODES, "a network shape", row)
+        groups.append(spec_of((kind, depth, width, dtype, w0), lambda good, *_, row=row: check(good, "a network shape", row)))
     return tuple(groups)
 
 
-def check_columns(columns: Mapping[str, Array], groups: Sequence[NetworkSpec], shard_bytes: int, check: Check) -> None:
+def check_columns(columns: Mapping[str, Array], groups: Sequence[Spec], shard_bytes: int, check: Check) -> None:
     """Check everything that decoding relies on; `check` raises where its first argument is false."""
     check(set(columns) == set(COLUMNS), f"columns {', '.join(COLUMNS)}", ", ".join(sorted(columns)))
     for name, (_, dtype, shape) in COLUMNS.items():
@@ -107,7 +108,7 @@ def _check_objects(columns: Mapping[str, Array], check: Check) -> None:
     check((columns["crowd"] <= 1).all(), "crowd 0 or 1", columns["crowd"].max(initial=0))
 
 
-def _check_networks(columns: Mapping[str, Array], groups: Sequence[NetworkSpec], check: Check) -> None:
+def _check_networks(columns: Mapping[str, Array], groups: Sequence[Spec], check: Check) -> None:
     objects, networks = np.diff(columns["object_start"]), np.diff(columns["network_start"])
     check((networks >= 1).all(), "a network in every sample", networks[:8].tolist())
     group = columns["network_group"]
@@ -122,21 +123,25 @@ def _check_networks(columns: Mapping[str, Array], groups: Sequence[NetworkSpec],
     whole = np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1)[first]
     check(inside and (rect[first] == whole).all(), "rectangles inside their pictures, that of a background all of it", rect[:4].tolist())
     check((np.isfinite(columns["scale"]) & (columns["scale"] > 0)).all(), "scales above 0", columns["scale"][:4].tolist())
+    family = np.array([FAMILIES.index(spec.family) for spec in groups], np.int64)[group] if len(group) else np.zeros(0, np.int64)
+    check((family == np.repeat(family[first], networks)).all(), "networks of one family in a sample", family[:8].tolist())
+    check((columns["scale"][family == FAMILIES.index("jpeg")] == 1).all(), "JPEGs of scale 1", columns["scale"][:4].tolist())
     owner = columns["network_object"]
     check(((owner >= -1) & (owner < objects[sample])).all(), "network objects of their own sample", owner[:8].tolist())
     _check_offsets(columns, groups, objects, networks, sample, first, check)
 
 
 def _check_offsets(
-    columns: Mapping[str, Array], groups: Sequence[NetworkSpec], objects: Array, networks: Array, sample: Array, first: Array, check: Check
+    columns: Mapping[str, Array], groups: Sequence[Spec], objects: Array, networks: Array, sample: Array, first: Array, check: Check
 ) -> None:
     """The weights stand where a bundle has them: after its tables, one after the other, to its end."""
-    nbytes = np.array([spec.nbytes for spec in groups], np.int64)[columns["network_group"]] if len(sample) else np.zeros(0, np.int64)
+    stated = np.array([-1 if spec.nbytes is None else spec.nbytes for spec in groups], np.int64)[columns["network_group"]] if len(sample) else sample
     tables = HEADER.size + OBJECT.itemsize * objects + NETWORK.itemsize * networks
     found = columns["network_offset"]
     start = found - columns["offset"][sample]
+    nbytes = np.where(stated < 0, columns["size"][sample] - start, stated)
     before = np.where(first, tables[sample], np.roll(start + nbytes, 1))
-    good = (start == -(-before // ALIGNMENT) * ALIGNMENT).all()
+    good = (start == np.where(nbytes == 0, before, -(-before // ALIGNMENT) * ALIGNMENT)).all() and ((nbytes > 0) | (stated == 0)).all()
     last = np.roll(first, -1)
     check(good and ((start + nbytes)[last] == columns["size"]).all(), "weights one after the other", found[:8].tolist())
 

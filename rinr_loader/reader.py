@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rinr_loader.bundle import NetworkSpec, check_bytes
+from rinr_loader.bundle import SHARED_AT, JpegSpec, Spec, check_bytes
 from rinr_loader.errors import ShardError, StorageError
 from rinr_loader.index import Row, ShardIndex, build_index, decode_key, row_of
+from rinr_loader.specs import rank
 
 OTHER_SHARD = "the index is of another shard, make it again with `rinr index`"
 GAP = 64 * 1024  # members this near to each other are fetched by one read
@@ -33,14 +34,19 @@ class ShardBuffer:
         object_start: First object of each sample, int64, `(S + 1,)`; likewise `network_start`. A sample's first network is its background.
         box: Label boxes, float32 xyxy in source pixels, `(O, 4)`.
         class_id, crowd: Of each object, int64 and bool, `(O,)`.
-        network_group, network_offset: Shape of each network and first byte of its weights in `data`, int64, `(W,)`.
+        network_group, network_offset, network_bytes: Shape of each network, and first byte and number of bytes of its weights in `data`,
+            int64, `(W,)`.
+        network_object: Index of the object that each network belongs to, in its sample, or -1, int64, `(W,)`.
         rect: Stored pixels that each network covers, x0 y0 x1 y1, float32, `(W, 4)`.
         scale, feather: Of each network, float32, `(W,)`.
+        shared_hash: What each sample names its shared parameters by, 8 bytes; zeros for none.
+        shared: Shared parameters by that hash; those that come with the package need not be here.
+        host: Where `data` is on another device and samples are JPEGs: the same bytes in host memory, from which those are decoded.
     """
 
     data: Tensor
     keys: tuple[str, ...]
-    groups: tuple[NetworkSpec, ...]
+    groups: tuple[Spec, ...]
     stored_size: Tensor
     source_size: Tensor
     label: Tensor
@@ -51,9 +57,14 @@ class ShardBuffer:
     network_start: Tensor
     network_group: Tensor
     network_offset: Tensor
+    network_bytes: Tensor
+    network_object: Tensor
     rect: Tensor
     scale: Tensor
     feather: Tensor
+    shared_hash: tuple[bytes, ...]
+    shared: Mapping[bytes, Any] = field(default_factory=dict)
+    host: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,17 +77,23 @@ class ShardBuffer:
         """The same samples on another device; one copy a column."""
         if self.device == torch.device(device):
             return self
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name not in ("keys", "groups")}
+        columns = {f.name: value for f in fields(self) if f.name != "host" and isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: column.to(device, non_blocking=True) for name, column in columns.items()}
+        if self.device.type == "cpu" and any(isinstance(spec, JpegSpec) for spec in self.groups):
+            moved["host"] = self.data
         return replace(self, **moved)
 
 
-def read_samples(shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.int64], sample: NDArray[np.int64]) -> ShardBuffer:
+def read_samples(
+    shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.int64], sample: NDArray[np.int64], shared: Mapping[bytes, Any] | None = None
+) -> ShardBuffer:
     """Read chosen samples, in the order given, fetching only their byte ranges.
 
     Args:
         shards: Path and index of each shard.
         shard: For each wanted sample, which of `shards` holds it.
         sample: And its place there.
+        shared: Shared parameters of the dataset, by the hash that bundles name them by.
 
     Returns:
         The samples on the CPU. A sample that is wanted twice is held once in `data`.
@@ -107,15 +124,16 @@ def read_samples(shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.in
             filled += len(arena[-1])
         parts.append((index, wanted, sample[wanted]))
     data = torch.frombuffer(bytearray(b"".join(arena) or bytes(16)), dtype=torch.uint8)
-    return _collect(parts, bases, data)
+    return _collect(parts, bases, data, shared)
 
 
-def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None) -> ShardBuffer:
+def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None, shared: Mapping[bytes, Any] | None = None) -> ShardBuffer:
     """A buffer of bundles that are already in memory.
 
     Args:
         bundles: The bytes of each.
         keys: Their keys as in the tar; numbers from 0 without it.
+        shared: Shared parameters, by the hash that bundles name them by.
 
     Raises:
         BundleError: A bundle is damaged; the message names its key.
@@ -129,7 +147,7 @@ def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None) -> Sh
         filled += len(arena[-1])
     everything = np.arange(len(bundles), dtype=np.int64)
     data = torch.frombuffer(bytearray(b"".join(arena) or bytes(16)), dtype=torch.uint8)
-    return _collect([(build_index(parsed), everything, everything)], np.zeros(len(bundles), np.int64), data)
+    return _collect([(build_index(parsed), everything, everything)], np.zeros(len(bundles), np.int64), data, shared)
 
 
 def _read_range(path: Path, first: int, last: int) -> bytes:
@@ -165,11 +183,16 @@ def spread(start: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray
     return rows, starts
 
 
-def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int64]]], bases: NDArray[np.int64], data: Tensor) -> ShardBuffer:
+def _collect(
+    parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int64]]],
+    bases: NDArray[np.int64],
+    data: Tensor,
+    shared: Mapping[bytes, Any] | None,
+) -> ShardBuffer:
     """Columns of the samples in the order asked for. Each part is (index, places in the result, places in the shard)."""
     if not parts:
         parts = [(build_index([]), np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    groups: list[NetworkSpec] = sorted({spec for index, *_ in parts for spec in index.groups})
+    groups: list[Spec] = sorted({spec for index, *_ in parts for spec in index.groups}, key=rank)
     columns: dict[str, list[NDArray[Any]]] = {}
     place = np.concatenate([wanted for _, wanted, _ in parts])
     keys: list[str] = []
@@ -190,11 +213,15 @@ def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int
         numbers = np.array([groups.index(spec) for spec in index.groups], np.int64)
         add("network_group", numbers[index.network_group[networks]])
         add("network_offset", index.network_offset[networks] + np.repeat(bases[wanted], np.diff(starts)))
+        add("network_bytes", index.network_bytes[networks])
+        add("network_object", index.network_object[networks].astype(np.int64))
+        add("shared_hash", data.numpy()[(bases[wanted] + index.offset[sample])[:, None] + np.arange(SHARED_AT, SHARED_AT + 8)])
         for name in ("rect", "scale", "feather"):
             add(name, getattr(index, name)[networks].astype(np.float32))
     flat = {name: np.concatenate(values) for name, values in columns.items()}
     back = np.empty(len(place), np.int64)
     back[place] = np.arange(len(place))
+    hashes = flat.pop("shared_hash")[back]
     object_rows, object_start = spread(_starts(flat.pop("object_count")), back)
     network_rows, network_start = spread(_starts(flat.pop("network_count")), back)
     order = {"stored_size": back, "source_size": back, "label": back, "box": object_rows, "class_id": object_rows, "crowd": object_rows}
@@ -206,6 +233,8 @@ def _collect(parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int
         groups=tuple(groups),
         object_start=torch.from_numpy(object_start),
         network_start=torch.from_numpy(network_start),
+        shared_hash=tuple(row.tobytes() for row in hashes),
+        shared=shared or {},
         **tensors,
     )
 

@@ -146,21 +146,27 @@ def render(networks: Sequence[Network], points: Tensor, stored_size: Tensor) -> 
     """Colour at points of one picture before clamping, float32 `(3, N)`, from its networks in their order.
 
     Args:
-        networks: The background and residuals after it.
+        networks: The background and residuals after it, sine networks.
         points: Stored pixels, `(2, N)`.
         stored_size: Height and width, `(1, 2)`.
+
+    Raises:
+        TypeError: A network is of another family.
     """
     total = torch.zeros(3, points.shape[1], device=points.device)
     for network in networks:
+        spec = network.spec
+        if not isinstance(spec, NetworkSpec):
+            raise TypeError(f"networks: expected sine networks, got {spec}")
         rect = torch.tensor([network.rect], device=points.device).float()
-        parameters = siren.parameters_of([network.weights], network.spec, points.device)
+        parameters = siren.parameters_of([network.weights], spec, points.device)
         weight = feather(points[None], rect, torch.tensor([float(network.feather)], device=points.device), stored_size)[0]
         inside = weight > 0
         coordinates = normalised(points[:, inside].clamp(rect[0, :2, None] + 0.5, rect[0, 2:, None] - 0.5), network.rect)
-        value = torch.cat([siren.forward(parameters, network.spec, part[None])[0] for part in coordinates.split(CHUNK["cpu"], 1)], 1) * network.scale
-        if network.spec.kind == "background":
+        value = torch.cat([siren.forward(parameters, spec, part[None])[0] for part in coordinates.split(CHUNK["cpu"], 1)], 1) * network.scale
+        if spec.kind == "background":
             total[:, inside] = value + 0.5
-        elif network.spec.kind == "direct":
+        elif spec.kind == "direct":
             total[:, inside] = total[:, inside] * (1 - weight[inside]) + (value + 0.5) * weight[inside]
         else:
             total[:, inside] += value * weight[inside]

@@ -190,7 +190,9 @@ def test_random_bytes(data: bytes) -> None:
 
 NAN, INF = float("nan"), float("inf")
 HOSTILE = {
-    "no such family": (changed(5, "<B", 2), "family 1"),
+    "no such family": (changed(5, "<B", 4), "family 1 to 3"),
+    "family 0": (changed(5, "<B", 0), "family 1 to 3"),
+    "another family": (changed(5, "<B", 2), "network 0: dtype one of tile: [2], got 0"),
     "flags": (changed(6, "<B", 1), "reserved bytes"),
     "height 0": (changed(16, "<H", 0), "stored size above 0"),
     "stored higher than source": (changed(20, "<2H", 19, 62), "source size at least"),
@@ -260,7 +262,7 @@ def test_messages_name_the_bundle_and_say_what_to_do() -> None:
         f"expected {len(SMALL)} bytes, got {len(SMALL) - 1}; the bundle is cut off": SMALL[:-1],
         "expected magic": b"JPEG" + SMALL[4:],
         "expected version 1, got 9; upgrade rinr_loader": changed(4, "<B", 9),
-        "expected family 1 (siren), got 7; upgrade rinr_loader": changed(5, "<B", 7),
+        "expected family 1 to 3 (siren, tile, jpeg), got 7; upgrade rinr_loader": changed(5, "<B", 7),
         "expected checksum": flipped(SMALL, 8 * 100),
     }
     for words, data in cases.items():

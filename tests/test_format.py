@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from rinr_loader import bundle
-from rinr_loader.bundle import parse
+from rinr_loader import jpeg_header, specs
+from rinr_loader.bundle import NO_OBJECT, parse
 from rinr_loader.index import encode_key
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -217,7 +217,17 @@ def test_an_index_says_what_the_bundles_say(shard: Path) -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     limits = {name: float(value) for name, value in table("Limits")}
-    assert limits == {"depth": bundle.MAX_DEPTH, "width": bundle.MAX_WIDTH, "w0": bundle.MAX_W0, "objects": 2**16 - 1, "networks": bundle.NO_OBJECT}
+    assert limits == {
+        "depth": specs.MAX_DEPTH,
+        "width": specs.MAX_WIDTH,
+        "w0": specs.MAX_W0,
+        "objects": 2**16 - 1,
+        "networks": NO_OBJECT,
+        "layers of a `tile`": specs.MAX_LAYERS,
+        "lanes of a `tile`": specs.MAX_LANES,
+        "pixels for each byte of a `jpeg`": jpeg_header.PIXELS_A_BYTE,
+        "scans of a `jpeg`": jpeg_header.MAX_SCANS,
+    }
 
 
 def test_dataset_json_has_the_keys_of_its_table() -> None:

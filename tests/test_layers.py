@@ -26,7 +26,9 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "quality": set(),
     "image": {"errors", "source"},
     # bytes: numpy only, so that a bundle can be looked at anywhere
-    "bundle": {"errors"},
+    "specs": set(),
+    "jpeg_header": set(),
+    "bundle": {"errors", "jpeg_header", "specs"},
     "index_check": {"bundle"},
     "index": {"index_check"},
     "writer": {"index", "source"},
@@ -88,7 +90,7 @@ OWNED = {
     "webdataset": r"integrations/webdataset\w*\.py",
     "lightning": r"integrations/lightning\w*\.py",
 }
-TORCHLESS = {"errors", "source", "bundle", "index_check", "index"}
+TORCHLESS = {"errors", "source", "specs", "jpeg_header", "bundle", "index_check", "index"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save"}
 
