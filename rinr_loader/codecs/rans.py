@@ -91,7 +91,7 @@ def encode(symbols: Sequence[NDArray[Any]], tables: Sequence[NDArray[Any]], prob
     for n, (values, rows) in enumerate(zip(symbols, tables, strict=True)):
         where = (slice(len(rows)), n, slice(rows.shape[1]))
         frequency[where], cumulative[where] = _intervals(np.asarray(values), np.asarray(rows), probabilities, n)
-    frequency, cumulative = frequency.reshape(steps, -1), cumulative.reshape(steps, -1)
+    frequency, cumulative = frequency.reshape(steps, shape[1] * lanes), cumulative.reshape(steps, shape[1] * lanes)
     word, written = np.zeros(frequency.shape, "<u2"), np.zeros(frequency.shape, np.bool_)
     state = np.full(frequency.shape[1], LOW, np.uint32)
     for i in range(steps - 1, -1, -1):
