@@ -1,16 +1,16 @@
 """Placements to pixels: the plain-torch reference, grouped by network shape, on any device.
 
-A *job* is one network seen through one placement: which output pixels it can reach, a box of them. Jobs of one group are cut into
-tiles of output pixels and evaluated many tiles at a time, so memory stays bounded whatever the batch: besides the result and a
-float32 scratch of `16 * N * H * W` bytes at most, a launch works on `POINTS[device]` points, each with up to `8 * width + 128` bytes,
-and takes at most as much again for the parameters of its networks.
+Samples of the families `tile` and `jpeg` are drawn from surfaces, see `surfaces.py`; the rest is about sine networks. A *job* is one
+network seen through one placement: which output pixels it can reach, a box of them. Jobs of one group are cut into tiles of output
+pixels and evaluated many tiles at a time, so memory stays bounded whatever the batch: besides the result and a float32 scratch of
+`16 * N * H * W` bytes at most, a launch works on `POINTS[device]` points, each with up to `8 * width + 128` bytes, and takes at most as
+much again for the parameters of its networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +20,14 @@ from rinr_loader.bundle import NetworkSpec
 from rinr_loader.codecs import siren
 from rinr_loader.geometry import Placements
 from rinr_loader.reader import ShardBuffer, buffer_of
+from rinr_loader.surfaces import paint, split_families
+from rinr_loader.view import Jobs, View, inside, map_points, points_a_side, reach, scales, stored_view
 
-MAX_SAMPLES = 8  # points along one side of an output pixel, at most
 # Points evaluated by one launch. On a CPU the activations of a launch should stay in the cache of its cores.
 POINTS = {"cpu": 32768, "cuda": 1 << 20}
 TILE = 1024  # output pixels of a job that are evaluated together
 
 Normalize = tuple[Sequence[float], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class _Jobs:
-    """Networks seen through placements. All columns have one row a job."""
-
-    network: Tensor  # row of the buffer's network columns
-    placement: Tensor
-    box: Tensor  # output pixels x0, y0, x1, y1 that the network can reach, int64
-    samples: Tensor  # points along one side of an output pixel
-
-    def __getitem__(self, rows: Tensor) -> _Jobs:
-        return _Jobs(self.network[rows], self.placement[rows], self.box[rows], self.samples[rows])
-
-
-@dataclass(frozen=True)
-class _View:
-    """Placements in stored pixels: what evaluation needs of them."""
-
-    output: Tensor
-    sample: Tensor
-    matrix: Tensor  # [M, 3, 3] output pixels -> stored pixels
-    clip: Tensor  # [M, 4] stored pixels
 
 
 def decode(
@@ -95,16 +73,17 @@ def decode(
     if normalize is not None and not dtype.is_floating_point:
         raise ValueError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
     with torch.no_grad(), full_precision(buffer.device):
-        view = _stored_view(buffer, placements.to(buffer.device))
+        view = stored_view(buffer, placements.to(buffer.device))
         pixels = torch.zeros(count * height * width, 3, device=buffer.device)
         covered = torch.zeros(count * height * width, dtype=torch.bool, device=buffer.device)
-        for level in _levels(buffer, view, size, antialias):
+        networks, surfaces = split_families(buffer, view)
+        for level in _levels(buffer, view, networks, size, antialias):
             for group, spec in enumerate(buffer.groups):
-                if not isinstance(spec, NetworkSpec):
-                    continue
-                mine = level[buffer.network_group[level.network] == group]
-                for samples in torch.unique(mine.samples).tolist():
-                    _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, size, pixels, covered)
+                if isinstance(spec, NetworkSpec):
+                    mine = level[buffer.network_group[level.network] == group]
+                    for samples in torch.unique(mine.samples).tolist():
+                        _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, size, pixels, covered)
+        paint(buffer, view, surfaces, size, antialias, pixels, covered)
         return _epilogue(pixels, covered, (count, height, width), fill, dtype, channels_last, normalize, out)
 
 
@@ -165,68 +144,32 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 place.fp32_precision = precision
 
 
-def _stored_view(buffer: ShardBuffer, placements: Placements) -> _View:
-    sample = placements.sample
-    scale = (buffer.stored_size[sample].double() / buffer.source_size[sample].double()).flip(1)  # [M, 2] x, y
-    matrix = placements.matrix.double().clone()
-    matrix[:, :2] *= scale[:, :, None]
-    return _View(placements.output, sample, matrix.float(), (placements.clip.double() * scale.repeat(1, 2)).float())
-
-
-def _levels(buffer: ShardBuffer, view: _View, size: tuple[int, int], antialias: bool) -> Iterator[_Jobs]:
-    """Jobs in the order in which they may be evaluated: backgrounds, then residuals.
+def _levels(buffer: ShardBuffer, view: View, placement: Tensor, size: tuple[int, int], antialias: bool) -> Iterator[Jobs]:
+    """Jobs of placements in the order in which they may be evaluated: backgrounds, then residuals.
 
     Residuals are added, so they need no order. A `direct` network covers what is under it: of several that overlap in one sample,
     each waits for those before it.
     """
-    samples = torch.ones(len(view.output), dtype=torch.int64, device=buffer.device)
-    if antialias:
-        samples = (_scale(view) - 1e-3).ceil().clamp(1, MAX_SAMPLES).long()
-    first, last = buffer.network_start[view.sample], buffer.network_start[view.sample + 1]
-    placement = torch.arange(len(view.output), device=buffer.device)
-    yield _reach(buffer, view, _Jobs(first, placement, first.new_zeros(len(first), 4), samples), size)
+    if not len(placement):
+        return
+    samples = points_a_side(scales(view).amax(1))[placement] if antialias else torch.ones_like(placement)
+    sample = view.sample[placement]
+    first, last = buffer.network_start[sample], buffer.network_start[sample + 1]
+    yield reach(buffer, view, Jobs(first, placement, first.new_zeros(len(first), 4), samples), size)
     counts = last - first - 1
-    of = placement.repeat_interleave(counts)
+    of = torch.arange(len(placement), device=buffer.device).repeat_interleave(counts)
     order = torch.arange(len(of), device=buffer.device) - (counts.cumsum(0) - counts)[of]
-    residuals = _Jobs(first[of] + 1 + order, of, first.new_zeros(len(of), 4), samples[of])
+    residuals = Jobs(first[of] + 1 + order, placement[of], first.new_zeros(len(of), 4), samples[of])
     direct = torch.tensor([spec.kind == "direct" for spec in buffer.groups], device=buffer.device)
     if len(of) and bool(direct[buffer.network_group[residuals.network]].any()):
         for k in range(int(order.max()) + 1):
-            yield _reach(buffer, view, residuals[order == k], size)
+            yield reach(buffer, view, residuals[order == k], size)
     elif len(of):
-        yield _reach(buffer, view, residuals, size)
-
-
-def _scale(view: _View) -> Tensor:
-    """Stored pixels per output pixel, the larger of both axes, in the middle of what each placement may show: exact for affine matrices."""
-    matrix, middle = view.matrix.double(), (view.clip[:, :2] + view.clip[:, 2:]).double() / 2
-    there = torch.linalg.inv(matrix)[:, 2:] @ torch.nn.functional.pad(middle, (0, 1), value=1.0)[:, :, None]  # [M, 1, 1] 1 / third coordinate
-    slope = (matrix[:, :2, :2] - middle[:, :, None] * matrix[:, 2:, :2]) * there
-    scale: Tensor = slope.square().sum(1).sqrt().amax(1)
-    return scale
-
-
-def _reach(buffer: ShardBuffer, view: _View, jobs: _Jobs, size: tuple[int, int]) -> _Jobs:
-    """Give each job the box of output pixels that it can reach; leave out those that reach none."""
-    clip, rect, matrix = view.clip[jobs.placement], buffer.rect[jobs.network], view.matrix[jobs.placement]
-    seen = torch.cat([torch.maximum(clip[:, :2], rect[:, :2]), torch.minimum(clip[:, 2:], rect[:, 2:])], 1)
-    corners = seen[:, [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(1, (4, 2))  # [J, 4, 2]
-    corners = torch.cat([corners, torch.ones_like(corners[..., :1])], 2).double() @ torch.linalg.inv(matrix.double()).transpose(1, 2)
-    depth = corners[..., 2:]
-    corners = corners[..., :2] / depth
-    # One pixel more on each side: with several points a pixel, one can fall in although the centre does not.
-    limit = torch.tensor([size[1], size[0]], device=clip.device)
-    low = (corners.amin(1).floor() - 1).clamp(min=0).minimum(limit).long()
-    high = (corners.amax(1).ceil() + 1).clamp(min=0).minimum(limit).long()
-    # Perspective may carry a part of the rectangle beyond the horizon: then its corners do not tell where it is.
-    split = (depth.amin(1) <= 0) & (depth.amax(1) >= 0)  # [J, 1]
-    low, high = torch.where(split, 0, low), torch.where(split, limit, high)
-    some = (seen[:, 2:] > seen[:, :2]).all(1) & (high > low).all(1)
-    return _Jobs(jobs.network, jobs.placement, torch.cat([low, high], 1), jobs.samples)[some]
+        yield reach(buffer, view, residuals, size)
 
 
 def _evaluate(
-    buffer: ShardBuffer, view: _View, jobs: _Jobs, spec: NetworkSpec, samples: int, size: tuple[int, int], pixels: Tensor, covered: Tensor
+    buffer: ShardBuffer, view: View, jobs: Jobs, spec: NetworkSpec, samples: int, size: tuple[int, int], pixels: Tensor, covered: Tensor
 ) -> None:
     """Evaluate jobs of one shape and add them to the scratch."""
     if not len(jobs.network):
@@ -252,8 +195,8 @@ def _evaluate(
 
 def _evaluate_tiles(
     buffer: ShardBuffer,
-    view: _View,
-    jobs: _Jobs,
+    view: View,
+    jobs: Jobs,
     spec: NetworkSpec,
     parameters: Tensor,
     place: Tensor,
@@ -267,14 +210,14 @@ def _evaluate_tiles(
     width = (box[:, 2] - box[:, 0])[:, None]
     row, column = box[:, 1, None] + place // width, box[:, 0, None] + place % width  # [K, T]
     matrix = view.matrix[jobs.placement]
-    centre = _map(matrix, column + 0.5, row + 0.5)  # [K, 2, T]
-    shown = (place < ((box[:, 3] - box[:, 1])[:, None] * width)) & _inside(centre, clip)
+    centre = map_points(matrix, column + 0.5, row + 0.5)  # [K, 2, T]
+    shown = (place < ((box[:, 3] - box[:, 1])[:, None] * width)) & inside(centre, clip)
     if samples == 1:
         points = centre
     else:
         step = (torch.arange(samples, device=box.device) + 0.5) / samples
         x, y = (column[..., None, None] + step).expand(-1, -1, samples, -1), (row[..., None, None] + step[:, None]).expand(-1, -1, -1, samples)
-        points = _map(matrix, x.flatten(1), y.flatten(1))  # [K, 2, T * n * n]
+        points = map_points(matrix, x.flatten(1), y.flatten(1))  # [K, 2, T * n * n]
     # Beyond the outermost pixel centres there was nothing to fit, so a network repeats its edge there, as an image does.
     stored = buffer.stored_size[view.sample[jobs.placement]]
     points = torch.minimum(points.clamp(min=0.5), stored.flip(1)[:, :, None] - 0.5)
@@ -318,17 +261,6 @@ def feather(points: Tensor, rect: Tensor, width: Tensor, stored_size: Tensor) ->
     low_weight = torch.where(at_low, (low >= 0).float(), (low / ramp).clamp(0, 1))
     high_weight = torch.where(at_high, (high > 0).float(), (high / ramp).clamp(0, 1))
     return torch.minimum(low_weight, high_weight).amin(1)
-
-
-def _map(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Map points: matrix (K, 3, 3), x and y (K, P), result (K, 2, P)."""
-    mapped = matrix @ torch.stack([x, y, torch.ones_like(x)], 1)
-    return mapped[:, :2] / mapped[:, 2:]
-
-
-def _inside(points: Tensor, rect: Tensor) -> Tensor:
-    low, high = rect[:, :2, None], rect[:, 2:, None]
-    return ((points >= low) & (points < high)).all(1)
 
 
 def _epilogue(

@@ -41,9 +41,12 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "color": {"errors", "rng"},
     # image -> bundle -> image
     "codecs": {"bundle"},
+    "kernels": {"codecs"},
     "fit": {"codecs"},
     "presets": {"fit"},
-    "decode": {"codecs", "geometry", "reader"},
+    "view": {"geometry", "reader"},
+    "surfaces": {"codecs", "view"},
+    "decode": {"surfaces"},
     "picture": {"quality"},
     "lanes": {"decode", "fit"},
     "residuals": {"decode", "lanes", "picture", "presets"},
@@ -85,7 +88,7 @@ OWNED = {
     "yaml": r"converters/yolo\w*\.py",
     "triton": r"rinr_loader/kernels/\w+\.py",
     "ultralytics": r"integrations/ultralytics\w*\.py",
-    "torchvision": r"integrations/torchvision\w*\.py",
+    "torchvision": r"integrations/torchvision\w*\.py|rinr_loader/codecs/jpeg\.py",  # the codec does without it where it is not there
     "nvidia": r"integrations/dali\w*\.py",
     "webdataset": r"integrations/webdataset\w*\.py",
     "lightning": r"integrations/lightning\w*\.py",
