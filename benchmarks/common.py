@@ -1,10 +1,13 @@
-"""What the benchmarks share: real frames, and results as JSON with the device's name."""
+"""What the benchmarks share: real frames, the rows of the family `tile`, and results as JSON with the device's name."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,13 @@ from rinr_loader.source import Sample
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(os.environ.get("RINR_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+# Settings of the encoder for each row of the family `tile`: number of layers, and steps of refinement after the one pass.
+TILE_ROWS: dict[str, dict[str, Any]] = {
+    f"tile-{layers}" + (f"-refine-{refine}" if refine else ""): {"family": "tile", "layers": layers, "refine": refine}
+    for layers in (1, 2)
+    for refine in (0, 100, 300)
+}
 
 
 def device_name(device: str = "cpu") -> str:
@@ -42,6 +52,28 @@ def write_result(name: str, result: dict[str, Any], device: str = "cpu") -> Path
     where.write_text(json.dumps({**about, **result}, indent=1) + "\n")
     print(f"wrote {where}")
     return where
+
+
+def read_result(name: str, device: str = "cpu") -> dict[str, Any]:
+    """What an earlier run wrote; nothing where none did."""
+    where = RESULTS / f"{name}-{torch.device(device).type}.json"
+    found: dict[str, Any] = json.loads(where.read_text()) if where.exists() else {}
+    return found
+
+
+def add_rows(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Give a benchmark the option `--rows`."""
+    listed = ", ".join(names)
+    parser.add_argument("--rows", nargs="*", default=["*"], help=f"rows to measure (wildcards allowed), of {listed}; the others stay")
+
+
+def chosen_rows(parser: argparse.ArgumentParser, patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that match any of the patterns, in their own order; a pattern without a match is a usage error."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            parser.error(f"--rows: expected names like {', '.join(names[:4])}, got {pattern}")
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def dac_frames(split: str, count: int) -> list[Sample]:
