@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rans_streams import BUCKETS, CONTEXTS, coded, decode_all, decode_versions, decoder_of, draw, padded, random_tables
 
-from rinr_loader.codecs.rans import Decoder, Tables, class_steps, deal, decode_classes, decode_symbols, encode
-
-GROUPS, BUCKETS, CLASSES = 3, 4, 9
-
+from rinr_loader.codecs.rans import Decoder, Tables, deal, decode_classes, decode_symbols, encode
 
 # --- the definition, one symbol at a time ---
 
@@ -54,7 +51,6 @@ class Scalar:
 
 
 def scalar_classes(scalar: Scalar, lanes: int, has_left: list[bool], extra: list[int], base: int, buckets: list[list[int]]) -> list[list[int]]:
-    contexts = BUCKETS + 1
     tiles, groups = len(extra), len(buckets)
     span = math.ceil(tiles / lanes)
     classes = [[-1] * groups for _ in range(tiles)]
@@ -68,7 +64,7 @@ def scalar_classes(scalar: Scalar, lanes: int, has_left: list[bool], extra: list
                     continue
                 a = buckets[g][classes[t - 1][g]] if j > 0 and has_left[t] else BUCKETS
                 b = buckets[g - 1][classes[t][g - 1]] if g > 0 else extra[t]
-                tables.append(base + (g * contexts + a) * contexts + b)
+                tables.append(base + (g * CONTEXTS + a) * CONTEXTS + b)
             for t, symbol in zip(mine, scalar.step(tables), strict=True):
                 if t < tiles:
                     classes[t][g] = symbol
@@ -76,40 +72,6 @@ def scalar_classes(scalar: Scalar, lanes: int, has_left: list[bool], extra: list
 
 
 # --- what is coded ---
-
-
-def random_tables(rng: np.random.Generator, rows: int, symbols: int, *, zeros: bool = True) -> NDArray[np.int64]:
-    """Frequencies from flat to certain; some symbols have none."""
-    counts = np.zeros((rows, symbols), np.int64)
-    for row in counts:
-        share = rng.dirichlet(np.full(symbols, 10.0 ** rng.uniform(-2, 1)))
-        row[:] = np.floor(share * (4096 - symbols)) + (0 if zeros else 1)
-        row[share.argmax()] += 4096 - row.sum()
-    return counts
-
-
-def draw(rng: np.random.Generator, frequencies: NDArray[np.int64], tables: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Symbols as often as their tables say; anything where there is no table."""
-    slots = rng.integers(0, 4096, tables.shape)
-    return np.asarray((frequencies.cumsum(1)[tables] <= slots[..., None]).sum(-1))
-
-
-def decoder_of(streams: list[bytes], lanes: list[int], tables: Tables, guard: int = 0xAA) -> Decoder:
-    """A decoder of streams at odd places of an arena, with bytes around them that are nobody's."""
-    arena, starts = bytes([guard] * 7), []
-    for stream in streams:
-        starts.append(len(arena))
-        arena += stream + bytes([guard] * 3)
-    ends = [start + len(stream) for start, stream in zip(starts, streams, strict=True)]
-    return Decoder(np.frombuffer(arena, np.uint8), starts, ends, lanes, tables)
-
-
-def padded(parts: list[NDArray[np.int64]], fill: int = -1) -> NDArray[np.int64]:
-    """`(steps, L)` of each image as `(most steps, N, most lanes)`."""
-    grid = np.full((max(len(part) for part in parts), len(parts), max(part.shape[1] for part in parts)), fill)
-    for n, part in enumerate(parts):
-        grid[: len(part), n, : part.shape[1]] = part
-    return grid
 
 
 images = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 40)), min_size=1, max_size=5)  # lanes and steps of each
@@ -230,69 +192,6 @@ def test_the_length_is_close_to_the_ideal(lanes: int) -> None:
 # --- classes and symbols ---
 
 
-@dataclass
-class Coded:
-    """Images coded in three parts, as tiles are: two rounds of classes, then symbols."""
-
-    lanes: list[int]
-    frequencies: NDArray[np.int64]
-    buckets: list[NDArray[np.int64]]
-    classes: list[list[NDArray[np.int64]]]  # of each round, of each image
-    has_left: list[NDArray[np.bool_]]  # of each round, (N, most tiles)
-    extra: list[NDArray[np.int64]]
-    symbol_tables: list[NDArray[np.int64]]
-    symbols: list[NDArray[np.int64]]
-    streams: list[bytes]
-
-    @property
-    def bases(self) -> tuple[int, int]:
-        return 5, 5 + GROUPS * (BUCKETS + 1) ** 2
-
-    def counts(self, which: int) -> list[int]:
-        return [len(classes) for classes in self.classes[which]]
-
-
-def coded(seed: int, images: list[tuple[int, int, int, int]]) -> Coded:
-    """Code images of (lanes, tiles of the first round, tiles of the second, symbols)."""
-    rng = np.random.default_rng(seed)
-    contexts = BUCKETS + 1
-    frequencies = np.zeros((5 + 2 * GROUPS * contexts**2, 40), np.int64)
-    frequencies[:5] = random_tables(rng, 5, 40)
-    frequencies[5:, :CLASSES] = random_tables(rng, len(frequencies) - 5, CLASSES, zeros=False)
-    lanes = [image[0] for image in images]
-    result = Coded(lanes, frequencies, [], [], [], [], [], [], [])
-    steps: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = [[] for _ in images]
-    for which in (0, 1):
-        tiles = [image[1 + which] for image in images]
-        buckets = rng.integers(0, BUCKETS, (GROUPS, CLASSES))
-        has_left, extra = rng.random((len(images), max(tiles))) < 0.8, rng.integers(0, contexts, (len(images), max(tiles)))
-        classes = [rng.integers(0, CLASSES, (count, GROUPS)) for count in tiles]
-        result.buckets.append(buckets)
-        result.classes.append(classes)
-        result.has_left.append(has_left)
-        result.extra.append(extra)
-        for n, mine in enumerate(classes):
-            left, first = has_left[n, : len(mine)], extra[n, : len(mine)]
-            steps[n].append(class_steps(mine, left, first, lanes[n], base=result.bases[which], buckets=buckets, contexts=contexts))
-    for n, (_, _, _, count) in enumerate(images):
-        tables = rng.integers(0, 5, count)
-        symbols = draw(rng, frequencies, tables)
-        result.symbol_tables.append(tables)
-        result.symbols.append(symbols)
-        steps[n].append((deal(symbols, lanes[n]), deal(tables, lanes[n])))
-    values, tables_of = ([np.concatenate([part[i] for part in mine]) for mine in steps] for i in (0, 1))
-    result.streams = encode(values, tables_of, Tables(frequencies))
-    return result
-
-
-def decode_all(data: Coded, decoder: Decoder) -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
-    classes = [
-        decode_classes(decoder, data.counts(i), data.has_left[i], data.extra[i], base=data.bases[i], buckets=data.buckets[i], contexts=BUCKETS + 1)
-        for i in (0, 1)
-    ]
-    return classes, decode_symbols(decoder, np.concatenate(data.symbol_tables), [len(tables) for tables in data.symbol_tables])
-
-
 tilings = st.lists(st.tuples(st.integers(1, 24), st.integers(0, 90), st.integers(0, 20), st.integers(0, 200)), min_size=1, max_size=4)
 
 
@@ -324,31 +223,6 @@ def test_classes_and_symbols_are_decoded_as_the_definition_says(seed: int, image
 
 
 # --- damage ---
-
-
-@dataclass
-class Found:
-    """All that was decoded from N streams of the same image, and whether they are intact."""
-
-    values: NDArray[np.int64]  # (N, everything)
-    intact: NDArray[np.bool_]
-
-
-def decode_versions(data: Coded, streams: list[bytes], guard: int = 0xAA) -> Found:
-    """Decode many streams as if each were that of the only image in `data`."""
-    count = len(streams)
-    many = replace(
-        data,
-        lanes=data.lanes * count,
-        classes=[mine * count for mine in data.classes],
-        has_left=[mine.repeat(count, 0) for mine in data.has_left],
-        extra=[mine.repeat(count, 0) for mine in data.extra],
-        symbol_tables=data.symbol_tables * count,
-    )
-    decoder = decoder_of(streams, many.lanes, Tables(data.frequencies), guard)
-    classes, symbols = decode_all(many, decoder)
-    values = [mine.reshape(count, -1).astype(np.int64) for mine in (*classes, symbols)]
-    return Found(np.concatenate([*values, decoder.position[:, None]], 1), decoder.intact())
 
 
 IMAGES = [(4, 40, 6, 400), (1, 25, 3, 80), (16, 200, 10, 600)]

@@ -179,7 +179,6 @@ class Decoder:
         self._position, self._limit = self._base.copy(), self._base + count + 1
         # No encoder writes a state outside [2^15, 2^31). Decoding goes on from one inside, so that a lane without a symbol never reads.
         self._sound = np.all((states >= LOW) & (states < 1 << 31), axis=1)
-        states &= 0x7FFFFFFF
         states[states < LOW] |= LOW
         self._state = states.reshape(-1)
 
