@@ -42,7 +42,6 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     # image -> bundle -> image
     "codecs": {"bundle"},
     "kernels": {"codecs"},
-    "kernels": {"codecs"},
     "fit": {"codecs"},
     "presets": {"fit"},
     "view": {"geometry", "reader"},
