@@ -73,7 +73,7 @@ def run(data: Coded, streams: list[bytes], guard: int = 0xAA, device: str = "cpu
 def expected(data: Coded, streams: list[bytes]) -> Results:
     decoder = decoder_of(streams, data.lanes, Tables(data.frequencies))
     (background, residual), symbols = decode_all(data, decoder)
-    position, states = decoder.position.astype(np.int32), decoder._state.reshape(len(streams), -1).astype(np.int32)
+    position, states = decoder.position.astype(np.int32), decoder._stand.state.astype(np.int32)
     return {"background": background, "residual": residual, "symbols": symbols, "position": position, "intact": decoder.intact(), "states": states}
 
 

@@ -26,6 +26,8 @@ MAX_SYMBOLS = 256
 
 # How an entry of `Tables.lookup` is packed: 12 bits slot - cumulative, 8 bits symbol, 12 bits frequency - 1.
 SYMBOL_SHIFT, FREQUENCY_SHIFT = 12, 20
+# A step is a few dozen calls on small arrays: a ufunc takes an array without axes in half the time that it needs for an int.
+_SLOTS, _BITS, _FREQUENCY, _ONE, _LOW = (np.array(value, np.uint32) for value in (TOTAL - 1, PROBABILITY_BITS, FREQUENCY_SHIFT, 1, LOW))
 _RUN = 64  # steps whose table rows `Decoder.run` lays out at a time
 
 
@@ -161,45 +163,37 @@ class Decoder:
         self.tables = tables
         self.width = int(self.lanes.max(initial=1))
         self._size = last - first
-        self._rows = tables.lookup.reshape(-1)
 
         # Words of all streams, aligned, each followed by zeros: a step reads at most one word a lane, so a stream that is spent
         # stays one word behind its end (which `intact` sees) and a step from there still reads zeros of its own.
         count = np.maximum(self._size - STATE_BYTES * self.lanes, 0) // WORD_BYTES
         self._base = np.concatenate([[0], (count + self.width + 1).cumsum()])[:-1].astype(np.int64)
-        self._words = np.zeros(int((count + self.width + 1).sum()), np.uint16)
+        words = np.zeros(int((count + self.width + 1).sum()), np.uint16)
         states = np.full((len(first), self.width), LOW, np.uint32)
-        for n, (a, b, start, words, mine) in enumerate(
-            zip(*(values.tolist() for values in (first, last, self._base, count, self.lanes)), strict=True)
-        ):
+        for n, (a, b, start, length, mine) in enumerate(zip(*(v.tolist() for v in (first, last, self._base, count, self.lanes)), strict=True)):
             head = data[a : min(a + STATE_BYTES * mine, b)].tobytes().ljust(STATE_BYTES * mine, b"\0")
             states[n, :mine] = np.frombuffer(head, "<u4")
             a += STATE_BYTES * mine
-            self._words[start : start + words] = np.frombuffer(data[a : a + WORD_BYTES * words].tobytes(), "<u2")
-        self._position, self._limit = self._base.copy(), self._base + count + 1
-        # No encoder writes a state outside [2^15, 2^31). Decoding goes on from one inside, so that a lane without a symbol never reads.
+            words[start : start + length] = np.frombuffer(data[a : a + WORD_BYTES * length].tobytes(), "<u2")
+        # No encoder writes a state outside [2^15, 2^31). Decoding goes on from one that is large enough, so that a lane without a symbol never reads.
         self._sound = np.all((states >= LOW) & (states < 1 << 31), axis=1)
         states[states < LOW] |= LOW
-        self._state = states.reshape(-1)
-
-        self._image = np.repeat(np.arange(len(first)), self.width)
-        self._behind = np.arange(1, len(first) + 1) * self.width  # lanes of this image and those before it
-        self._count = np.arange(len(self._state))
-        self._index = np.empty(len(self._state), np.int64)
-        self._part = np.empty(len(self._state), np.uint32)
-        self._short = np.empty(len(self._state), np.bool_)
-        self._start = np.empty(len(first), np.int64)
+        self._stand = _Stand(states, self._base.copy(), self._base + count + 1, words, tables.lookup.reshape(-1))
         self._unused = np.arange(self.width) >= self.lanes[:, None] if (self.lanes < self.width).any() else None
 
     @property
     def position(self) -> NDArray[np.int64]:
         """Bytes of each stream that have been consumed; more than it has where it ended early."""
-        consumed: NDArray[np.int64] = STATE_BYTES * self.lanes + WORD_BYTES * (self._position - self._base)
+        consumed: NDArray[np.int64] = STATE_BYTES * self.lanes + WORD_BYTES * (self._stand.position - self._base)
         return consumed
 
     def intact(self) -> NDArray[np.bool_]:
-        """Tell for each stream whether it is whole and has been decoded to its end, bool `(N,)`."""
-        done = np.all(self._state.reshape(-1, self.width) == LOW, axis=1)
+        """Tell for each stream whether it is whole and has been decoded to its end, bool `(N,)`.
+
+        Damage that swaps two symbols of one frequency leaves no trace here: about one flipped bit in 600 of a picture's stream. A bundle's
+        checksum finds it.
+        """
+        done = np.all(self._stand.state == LOW, axis=1)
         whole: NDArray[np.bool_] = done & self._sound & (self.position == self._size)
         return whole
 
@@ -235,52 +229,87 @@ class Decoder:
             raise ValueError(f"expected tables (steps, {shape[1]}, {shape[2]}), got {tables.shape}")
         if tables.size and (tables.min() < -1 or tables.max() >= len(self.tables)):
             raise ValueError(f"expected tables from -1 to {len(self.tables) - 1}, got {tables.min()} to {tables.max()}")
-        symbols = np.empty(shape, np.uint8)
+        symbols = np.zeros(shape, np.uint8)
         for i in range(0, len(tables), _RUN):
             part = tables[i : i + _RUN].astype(np.int64)
             if self._unused is not None:
                 part[:, self._unused] = -1
-            rows = ((part + 1) << PROBABILITY_BITS).reshape(len(part), -1)
-            entries = np.empty(rows.shape, np.uint32)
-            for row, entry in zip(rows, entries, strict=True):
-                self._advance(row, entry)
-            symbols[i : i + _RUN] = (entries >> SYMBOL_SHIFT).astype(np.uint8).reshape(part.shape)  # astype drops the bits above
+            live = np.flatnonzero((part >= 0).any((0, 2)))  # images differ in length: the work is for those that go on
+            whole = len(live) == shape[1]
+            stand = self._stand if whole else self._stand.part(live)
+            rows = (part if whole else part[:, live]) + 1 << PROBABILITY_BITS
+            entries = np.empty((len(part), stand.state.size), np.uint32)
+            for row, entry in zip(rows.reshape(entries.shape), entries, strict=True):
+                stand.advance(row, entry)
+            found = (entries >> SYMBOL_SHIFT).astype(np.uint8).reshape(rows.shape)  # astype drops the bits above
+            symbols[i : i + _RUN, slice(None) if whole else live] = found
+            if not whole:
+                self._stand.state[live], self._stand.position[live] = stand.state, stand.position
         return symbols
 
-    def _advance(self, rows: NDArray[np.int64], entries: NDArray[np.uint32]) -> None:
+
+class _Stand:
+    """How far some streams are decoded, and what a step needs besides.
+
+    Args:
+        state: Of each lane, uint32 `(N, width)`, changed in place.
+        position, limit: Next word of each stream, changed in place, and what it never exceeds, int64 `(N,)`.
+        words: Of all streams, uint16.
+        lookup: `Tables.lookup`, flat.
+    """
+
+    def __init__(
+        self, state: NDArray[np.uint32], position: NDArray[np.int64], limit: NDArray[np.int64], words: NDArray[np.uint16], lookup: NDArray[np.uint32]
+    ) -> None:
+        self.state, self.position, self.limit, self.words, self.lookup = state, position, limit, words, lookup
+        count, width = state.shape
+        self._flat = state.reshape(-1)
+        self._image = np.arange(count).repeat(width)
+        self._behind = np.arange(1, count + 1) * width  # lanes of this image and those before it
+        self._count = np.arange(state.size)
+        self._index = np.empty(state.size, np.int64)
+        self._part = np.empty(state.size, np.uint32)
+        self._short = np.empty(state.size, np.bool_)
+        self._start = np.empty(count, np.int64)
+
+    def part(self, images: NDArray[np.int64]) -> _Stand:
+        """A copy for some of the images."""
+        return _Stand(self.state[images], self.position[images], self.limit[images], self.words, self.lookup)
+
+    def advance(self, rows: NDArray[np.int64], entries: NDArray[np.uint32]) -> None:
         """Take one step; every line is one pass over all lanes, so there are as few as possible.
 
         Args:
             rows: Index in `lookup` of each lane's row, int64 `(N * width,)`.
             entries: Where the entries go that the lanes decode to, uint32 `(N * width,)`.
         """
-        state, part = self._state, self._part
-        np.bitwise_and(state, TOTAL - 1, out=part)
-        np.add(part, rows, out=self._index, casting="unsafe")
-        self._rows.take(self._index, out=entries, mode="clip")
+        state, part = self._flat, self._part
+        np.bitwise_and(state, _SLOTS, out=part)
+        np.add(part, rows, out=self._index)
+        self.lookup.take(self._index, out=entries, mode="clip")
         # state = frequency * (state >> 12) + slot - cumulative; below 2^31 if the state was, as the entries of a row partition its slots
-        np.right_shift(state, PROBABILITY_BITS, out=state)
-        np.right_shift(entries, FREQUENCY_SHIFT, out=part)
-        np.add(part, 1, out=part)
+        np.right_shift(state, _BITS, out=state)
+        np.right_shift(entries, _FREQUENCY, out=part)
+        np.add(part, _ONE, out=part)
         np.multiply(state, part, out=state)
-        np.bitwise_and(entries, TOTAL - 1, out=part)
+        np.bitwise_and(entries, _SLOTS, out=part)
         np.add(state, part, out=state)
-        np.less(state, LOW, out=self._short)
+        np.less(state, _LOW, out=self._short)
         lanes = self._short.nonzero()[0]
         if len(lanes) == 0:
             return
         behind = lanes.searchsorted(self._behind)  # how many lanes read, of this image and those before it
         start = self._start
-        start[0] = self._position[0]
-        np.subtract(self._position[1:], behind[:-1], out=start[1:])
+        start[0] = self.position[0]
+        np.subtract(self.position[1:], behind[:-1], out=start[1:])
         where = start.take(self._image.take(lanes))
         where += self._count[: len(lanes)]
         low = state.take(lanes)
         low <<= 16
-        low |= self._words.take(where)
+        low |= self.words.take(where)
         state[lanes] = low
-        np.add(start, behind, out=self._position)
-        np.minimum(self._position, self._limit, out=self._position)
+        np.add(start, behind, out=self.position)
+        np.minimum(self.position, self.limit, out=self.position)
 
 
 # --- classes of tiles: the table of each depends on those decoded before ---
@@ -370,7 +399,7 @@ def decode_classes(
             rows += second
             rows += g * contexts**2 * unit
             rows *= live[j]
-            decoder._advance(rows, entries[j, g])
+            decoder._stand.advance(rows, entries[j, g])
             symbol = (entries[j, g] >> SYMBOL_SHIFT) & (MAX_SYMBOLS - 1)
             before[g] = beside[g].take(symbol, mode="clip")
             second = above[g].take(symbol, mode="clip")
