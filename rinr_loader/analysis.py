@@ -1,0 +1,146 @@
+"""From a picture to the latents of the family `tile`: a network that only the encoder needs."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rinr_loader.codecs.tile import OVERLAP, SUPPORT, TILE
+from rinr_loader.dictionary import GENERIC, SHIPPED, shipped
+from rinr_loader.errors import ConfigError
+
+WIDTH = 64  # channels of the convolutional part
+
+
+class Analysis(nn.Module):
+    """A linear lapped transform, and a small convolutional part that corrects it.
+
+    Args:
+        channels: Latents of a tile.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(3, channels, SUPPORT, TILE, bias=False)
+        self.correction = nn.Sequential(
+            nn.Conv2d(3, WIDTH, 8, 4, 2),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(WIDTH, WIDTH, 4, 2, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(WIDTH, WIDTH, 3, 1, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(WIDTH, channels, 4, 2, 1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Latents before steps are divided out.
+
+        Args:
+            image: Grey levels around 0 (-127.5 to 127.5), `(N, 3, H, W)` with sides that are multiples of 16.
+
+        Returns:
+            float32, `(N, C, H / 16, W / 16)`.
+        """
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.training):
+            correction = self.correction(image / 64)
+        latents: Tensor = self.linear(mirrored(image, OVERLAP)) + 64 * correction.float()
+        return latents
+
+
+def mirrored(image: Tensor, reach: int) -> Tensor:
+    """A picture that goes on mirrored over each border for `reach` pixels; the border's pixels are repeated, as `synthesise` folds them."""
+    image = torch.cat([image[:, :, :reach].flip(2), image, image[:, :, -reach:].flip(2)], 2)
+    return torch.cat([image[..., :reach].flip(3), image, image[..., -reach:].flip(3)], 3)
+
+
+def principal_lapped_basis(images: Tensor, channels: int) -> Tensor:
+    """Where training starts: the principal components of 16x16 blocks, made to overlap.
+
+    A rotation across the borders of blocks (a time-domain lapped transform: Tran, Liang, Tu, 2003) is taken before the components, and undone
+    after them, so the basis is orthonormal, its reconstruction exact, and its blocks have no edges.
+
+    Args:
+        images: Grey levels around 0, `(N, 3, H, W)` with sides that are multiples of 16.
+        channels: Components to keep, those of the largest variance first.
+
+    Returns:
+        `(channels, 3, 24, 24)`.
+    """
+    filtered = images
+    for axis in (2, 3):
+        filtered = _across_borders(filtered, axis, _rotation())
+    blocks = F.unfold(filtered, TILE, stride=TILE).transpose(1, 2).reshape(-1, 3 * TILE * TILE)
+    _, vectors = torch.linalg.eigh(blocks.T.double() @ blocks.double())
+    components = vectors.flip(1)[:, :channels].T.reshape(channels, 3, TILE, TILE).float()
+    canvas = F.pad(components, (TILE, TILE, TILE, TILE))  # the tile and its neighbours
+    for axis in (2, 3):
+        canvas = _across_borders(canvas, axis, _rotation().T)
+    low, high = TILE - OVERLAP, 2 * TILE + OVERLAP
+    return canvas[:, :, low:high, low:high].contiguous()
+
+
+def _rotation() -> Tensor:
+    """What is done to the 8 pixels around a border of two blocks: even parts stay, odd parts are rotated by two cosine transforms."""
+    half = OVERLAP
+    i = torch.arange(half, dtype=torch.float64)
+    second = torch.cos(torch.pi * i[:, None] * (2 * i + 1) / (2 * half)) * (2 / half) ** 0.5
+    second[0] /= 2**0.5
+    fourth = torch.cos(torch.pi * (2 * i[:, None] + 1) * (2 * i + 1) / (4 * half)) * (2 / half) ** 0.5
+    one, reverse = torch.eye(half, dtype=torch.float64), torch.eye(half, dtype=torch.float64).flip(0)
+    butterfly = torch.cat([torch.cat([one, reverse], 1), torch.cat([reverse, -one], 1)]) / 2**0.5
+    odd = reverse @ second.T @ fourth @ reverse
+    return (butterfly @ torch.block_diag(one, odd) @ butterfly).float()
+
+
+def _across_borders(image: Tensor, axis: int, rotation: Tensor) -> Tensor:
+    """Rotate the pixels around every border of two tiles along one axis."""
+    moved = image.movedim(axis, -1)
+    count = moved.shape[-1] // TILE - 1
+    starts = torch.arange(count) * TILE + TILE - OVERLAP
+    index = starts[:, None] + torch.arange(2 * OVERLAP)
+    result = moved.clone()
+    result[..., index] = moved[..., index] @ rotation.T.to(image)
+    return result.movedim(-1, axis)
+
+
+def dump_analysis(analysis: Analysis, sha256: str) -> bytes:
+    """Serialize an analysis, float16, with the dictionary that it was trained with."""
+    tensors = {name: value.detach().cpu().numpy().astype(np.float16) for name, value in sorted(analysis.state_dict().items())}
+    return safetensors.save(tensors, {"dictionary": sha256})
+
+
+def load_analysis(data: bytes, name: str) -> tuple[Analysis, str]:
+    """Read an analysis, and the SHA-256 of its dictionary.
+
+    Args:
+        data: The file's bytes.
+        name: What an error calls it.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        tensors = safetensors.load(data)
+        sha256 = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["dictionary"]
+        analysis = Analysis(len(tensors["linear.weight"]))
+        analysis.load_state_dict({key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()})
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"{name}: expected an analysis network, got {type(error).__name__}: {error}; train the dictionary again") from None
+    return analysis.eval(), sha256
+
+
+@cache
+def shipped_analysis(name: str = GENERIC) -> Analysis:
+    """The analysis of a dictionary that comes with the package."""
+    path = SHIPPED / f"{name}.analysis"
+    analysis, sha256 = load_analysis(path.read_bytes(), path.name)
+    if sha256 != shipped(name).sha256:
+        raise ConfigError(f"{path.name}: expected the analysis of {shipped(name).sha256}, got that of {sha256}; install the package again")
+    return analysis

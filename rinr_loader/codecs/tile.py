@@ -1,0 +1,93 @@
+"""The family `tile`: latents on a lattice of 16x16-pixel tiles, turned into colour by a basis that a whole dataset shares.
+
+Synthesis is linear and overlaps: a tile's basis covers 24x24 pixels. What would reach over the picture's border is folded back, as if the
+picture went on mirrored, so that no border darkens. A light filter over the result (`tile-2`) mends what a linear basis cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 16  # pixels between tiles
+SUPPORT = 24  # pixels that a tile's basis covers
+OVERLAP = (SUPPORT - TILE) // 2  # pixels by which it reaches over each edge of its tile
+FILTER_WIDTH = 24  # channels inside the filter
+RESIDUAL_TILE = 8  # pixels
+RESIDUAL_CHANNELS = 3 * RESIDUAL_TILE**2
+
+
+def synthesise(latents: Tensor, basis: Tensor) -> Tensor:
+    """Overlapping tiles of colour, at the size for which the basis was made.
+
+    Args:
+        latents: `(N, C, h, w)`, steps multiplied in.
+        basis: `(C, 3, s, s)` with s = 1.5 tiles of an even number of pixels t.
+
+    Returns:
+        Colour around 0, where 1 is 255, `(N, 3, h * t, w * t)`.
+    """
+    n, c, h, w = latents.shape
+    side = basis.shape[-1] // 3  # half a tile: tile t adds to the cells 2t, 2t + 1 and 2t + 2 of the canvas
+    cells = latents.permute(0, 2, 3, 1).reshape(-1, c) @ basis.reshape(c, -1)
+    cells = cells.view(n, h, w, 3, 3, side, 3, side)  # n, row, column, colour, cell, y, cell, x
+    cells = _overlap(cells, 2, 6)
+    cells = _overlap(cells, 1, 4)  # n, 2h + 1, 2w + 1, colour, y, x
+    canvas = cells.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, (2 * h + 1) * side, (2 * w + 1) * side)
+    return _fold(_fold(canvas, 2, side // 2), 3, side // 2)
+
+
+def _overlap(cells: Tensor, tiles: int, parts: int) -> Tensor:
+    """Add each tile's three cells along one axis to the canvas: `tiles` and `parts` name the axes, the latter goes."""
+    first, middle, last = cells.unbind(parts)
+    nothing = torch.zeros_like(first.narrow(tiles, 0, 1))
+    even = torch.cat([first, nothing], tiles) + torch.cat([nothing, last], tiles)
+    return torch.cat([torch.stack([even.narrow(tiles, 0, middle.shape[tiles]), middle], tiles + 1).flatten(tiles, tiles + 1), even.narrow(tiles, -1, 1)], tiles)
+
+
+def _fold(canvas: Tensor, axis: int, reach: int) -> Tensor:
+    """Mirror what reaches over both ends of an axis back inside."""
+    size = canvas.shape[axis] - 2 * reach
+    inside = canvas.narrow(axis, reach, size)
+    front, back = canvas.narrow(axis, 0, reach).flip(axis), canvas.narrow(axis, reach + size, reach).flip(axis)
+    ends = [front, torch.zeros_like(inside.narrow(axis, 0, size - 2 * reach)), back]
+    return inside + torch.cat(ends, axis)
+
+
+def smooth(image: Tensor, weights: Mapping[str, Tensor], step: Tensor) -> Tensor:
+    """The filter of `tile-2`: three 3x3 convolutions over 2x2 pixels at a time, added to the picture.
+
+    Args:
+        image: What `synthesise` gave, `(N, 3, H, W)` with even H and W.
+        weights: `filter.{0,1,2}.{weight,bias}`, and `filter.{0,1}.step`: what the logarithm of the step adds to a channel.
+        step: The latents' step for each image, `(N,)`.
+    """
+    hidden = F.pixel_unshuffle(image, 2)
+    level = step.log()[:, None, None, None]
+    for i in range(2):
+        hidden = F.conv2d(hidden, weights[f"filter.{i}.weight"], weights[f"filter.{i}.bias"], padding=1)
+        hidden = F.leaky_relu(hidden + level * weights[f"filter.{i}.step"][:, None, None], 0.1)
+    change = F.conv2d(hidden, weights["filter.2.weight"], weights["filter.2.bias"], padding=1)
+    return image + F.pixel_shuffle(change, 2)
+
+
+def lattice_of(rect: tuple[int, int, int, int], tile: int) -> tuple[int, int]:
+    """Rows and columns of the tiles that cover a rectangle, from its upper left corner."""
+    x0, y0, x1, y1 = rect
+    return -(-(y1 - y0) // tile), -(-(x1 - x0) // tile)
+
+
+def blocks_of(image: Tensor) -> Tensor:
+    """Cut `(3, 8h, 8w)` into blocks, row by row, `(h * w, 3, 8, 8)`."""
+    size = RESIDUAL_TILE
+    blocks = image.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # colour, row, y, column, x
+    return blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def image_of(blocks: Tensor, columns: int) -> Tensor:
+    """The inverse of `blocks_of`."""
+    grid = blocks.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # colour, row, y, column, x
+    return grid.flatten(3, 4).flatten(1, 2)

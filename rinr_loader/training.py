@@ -1,0 +1,296 @@
+"""Training a dictionary for the family `tile`: analysis, basis, filter and a prior, from pictures.
+
+The loss is bits + lambda * squared error at steps drawn anew for every crop, so that one model serves a range of rates. Training
+is a pure function of the pictures, the settings and the torch build: step n draws its crops from (seed, n), so a run that was stopped goes on
+as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rinr_loader.analysis import Analysis, principal_lapped_basis
+from rinr_loader.codecs.tile import FILTER_WIDTH, TILE, smooth, synthesise
+
+LAGRANGE = 24.0  # lambda = LAGRANGE / step**2, in bits for a squared grey level: what a uniform quantizer's slope asks of three colours
+STEPS = (18.0, 260.0)  # grey levels: the range of quantization steps
+TYPICAL_STEP = 70.0
+VALIDATION_STEPS = (25.0, 50.0, 100.0, 200.0)
+PREDICTED = 3  # channels, the first, that are stored as differences to the tile on their left: the means of the three colours
+SAVE_EVERY, VALIDATE_EVERY = 500, 2000
+WARM_UP = 500
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a trained dictionary is a function of, besides its pictures.
+
+    Args:
+        steps: Gradient steps.
+        seed: Of all randomness.
+        channels: Latents of a tile.
+        classes: Classes of each channel group; the first codes nothing but zeros.
+        groups: Where each group of channels ends.
+        crop: Side of a crop in pixels, a multiple of 16.
+        batch: Crops of a step.
+        lr: Learning rate of the transforms; the filter's is 3, the prior's 10 times as high.
+    """
+
+    steps: int = 30_000
+    seed: int = 0
+    channels: int = 256
+    classes: int = 24
+    groups: tuple[int, ...] = (12, 48, 112, 256)
+    crop: int = 192
+    batch: int = 6
+    lr: float = 4e-4
+
+
+class Prior(nn.Module):
+    """What training takes for the rate: for each channel group, classes of Laplacian scales; a tile takes the class that codes it cheapest."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__()
+        self.bounds = list(zip((0, *settings.groups[:-1]), settings.groups, strict=True))
+        self.log_scale = nn.ParameterList([nn.Parameter(torch.zeros(settings.classes, end - start)) for start, end in self.bounds])
+        self.register_buffer("log_share", torch.full((len(self.bounds), settings.classes, settings.classes), -math.log(settings.classes)))
+
+    log_share: Tensor
+
+    @torch.no_grad()
+    def start(self, symbols: Tensor) -> None:
+        """Scales from the mean magnitudes of some symbols `(tiles, C)`, spread over the classes."""
+        mean = symbols.abs().mean(0).clamp_min(0.02).log()
+        for (a, b), table in zip(self.bounds, self.log_scale, strict=True):
+            spread = torch.linspace(-5, 3, len(table))[:, None]
+            table.copy_(mean[a:b] + spread)
+
+    def classes(self, symbols: Tensor) -> list[Tensor]:
+        """The cheapest class of each tile and group for integers `(tiles, C)`: the cost of a Laplacian is linear in magnitude and in what is zero."""
+        chosen: list[Tensor] = []
+        for g, ((a, b), table) in enumerate(zip(self.bounds, self.log_scale, strict=True)):
+            magnitude = symbols[:, a:b].abs()
+            scale = table.exp().clamp(0.02, 200)
+            ones = torch.ones(1)
+            zero, slope = laplace_bits(0 * ones, scale), 1 / (scale * math.log(2))
+            first = laplace_bits(ones, scale) - slope
+            cost = magnitude @ slope.T + (magnitude > 0.5).float() @ (first - zero).T + zero.sum(1)
+            cost[:, 0] = torch.where((magnitude < 0.5).all(1), 0.0, torch.inf)
+            share = self.log_share[g, chosen[-1]] if chosen else self.log_share[0, :1]
+            chosen.append((cost - share / math.log(2)).argmin(1))
+        return chosen
+
+    def bits(self, values: Tensor, integers: Tensor) -> Tensor:
+        """Bits of each tile `(tiles,)`: of `values` (integers, or integers with noise), in the classes of `integers`; counts how often each was chosen."""
+        with torch.no_grad():
+            classes = self.classes(integers)
+        total = values.new_zeros(len(values))
+        for g, ((a, b), table) in enumerate(zip(self.bounds, self.log_scale, strict=True)):
+            k = classes[g]
+            bits = laplace_bits(values[:, a:b], table.exp().clamp(0.02, 200)[k]).sum(1)
+            before = classes[g - 1] if g else torch.zeros_like(k)
+            share = self.log_share[g, before, k] / math.log(2)
+            total = total + torch.where(k > 0, bits, 0.0) - share
+            if self.training:
+                with torch.no_grad():
+                    now = torch.bincount(before * len(table) + k, minlength=len(table) ** 2).view(len(table), -1).float() + 1e-3
+                    weight = 0.01 * now.sum(1, keepdim=True) / now.sum(1).max()  # a class that is rare is learned slowly
+                    self.log_share[g] = ((1 - weight) * self.log_share[g].exp() + weight * now / now.sum(1, keepdim=True)).log()
+        return total
+
+
+def laplace_bits(values: Tensor, scale: Tensor) -> Tensor:
+    """Bits of a Laplacian variable's unit interval around each value."""
+    size = values.abs()
+    inside = torch.exp(-(0.5 - size).clamp_min(0) / scale) + torch.exp(-(0.5 + size) / scale)
+    near = -torch.log2((1 - 0.5 * inside).clamp_min(1e-6))
+    far = ((size - 0.5) / scale - torch.log1p(-torch.exp(-1 / scale)) + math.log(2)) / math.log(2)
+    return torch.where(size < 0.5, near, far)
+
+
+class Model(nn.Module):
+    """Everything that is trained."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__()
+        self.analysis = Analysis(settings.channels)
+        self.basis = nn.Parameter(torch.zeros(settings.channels, 3, 24, 24))
+        self.log_gain = nn.Parameter(torch.zeros(settings.channels))  # a channel's own factor to the step
+        width = FILTER_WIDTH
+        self.filter = nn.ParameterDict()
+        for i, (out, into) in enumerate(((width, 12), (width, width), (12, width))):
+            weight = torch.zeros(out, into, 3, 3)
+            if i < 2:
+                nn.init.kaiming_normal_(weight, a=0.1)
+                self.filter[f"filter_{i}_step"] = torch.zeros(out)
+            self.filter[f"filter_{i}_weight"], self.filter[f"filter_{i}_bias"] = weight, torch.zeros(out)
+        self.prior = Prior(settings)
+
+    @torch.no_grad()
+    def start(self, images: Tensor) -> None:
+        basis = principal_lapped_basis(images, len(self.basis))
+        means = basis.sum((2, 3)).square().sum(1).argsort(descending=True)[:PREDICTED].sort().values
+        rest = torch.tensor([i for i in range(len(basis)) if i not in means.tolist()])
+        basis = basis[torch.cat([means, rest])]
+        self.basis.copy_(basis)
+        self.analysis.linear.weight.copy_(basis)
+        last = self.analysis.correction[-1]
+        last.weight.mul_(0.01)
+        last.bias.zero_()
+        latents = self.analysis(images)
+        steps = torch.exp(torch.linspace(math.log(STEPS[0]), math.log(STEPS[1]), len(images)))
+        self.prior.start(symbols_of((latents / steps[:, None, None, None]).round()))
+
+    def quantised(self, latents: Tensor, steps: Tensor) -> Tensor:
+        return latents * torch.exp(self.log_gain)[:, None, None] / steps[:, None, None, None]
+
+    def synthesis(self, values: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Both pictures that latents in units of their steps give, in grey levels around 0: linear, and filtered."""
+        scaled = values * (steps[:, None, None, None] * torch.exp(-self.log_gain)[:, None, None])
+        linear = synthesise(scaled, self.basis)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            weights = {name.replace("_", "."): value for name, value in self.filter.items()}
+            change = smooth(linear / 64, weights, steps / TYPICAL_STEP) - linear / 64
+        return linear, linear + 64 * change.float()
+
+    def groups(self, settings: TrainSettings) -> list[dict[str, object]]:
+        own = {"filter": 3.0, "prior": 10.0, "log_gain": 10.0}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            groups.setdefault(own.get(name.split(".")[0], 1.0), []).append(parameter)
+        return [{"params": parameters, "lr": settings.lr * factor, "base": settings.lr * factor} for factor, parameters in groups.items()]
+
+
+def symbols_of(latents: Tensor) -> Tensor:
+    """What is coded for each tile, `(tiles, C)`: the first channels as differences to the tile on the left (in the first column, to the one above)."""
+    means = latents[:, :PREDICTED]
+    left = means[..., :-1]
+    above = F.pad(means[:, :, :-1, :1], (0, 0, 1, 0))
+    means = means - torch.cat([above, left], 3)
+    return torch.cat([means, latents[:, PREDICTED:]], 1).permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on: pictures in memory, by source.
+
+    Args:
+        train: For each source, pictures as uint8 `(3, H, W)`.
+        validation: Pictures that are held out.
+        weights: How often each source is drawn from.
+    """
+
+    train: Sequence[Sequence[Tensor]]
+    validation: Sequence[Tensor]
+    weights: Sequence[float]
+
+    def batch(self, settings: TrainSettings, step: int) -> tuple[Tensor, Tensor]:
+        """Crops in grey levels around 0, and the quantization step of each."""
+        rng = random.Random(f"{settings.seed}/{step}")
+        crops, side = [], settings.crop
+        for _ in range(settings.batch):
+            image = rng.choice(rng.choices(self.train, self.weights)[0])
+            largest = min(image.shape[1:]) / side
+            zoom = 1.0 if rng.random() < 0.5 else math.exp(rng.uniform(0, math.log(max(1.0, min(2.5, largest)))))
+            taken = max(1, min(round(side * zoom), *image.shape[1:]))
+            i, j = rng.randint(0, image.shape[1] - taken), rng.randint(0, image.shape[2] - taken)
+            crop = image[:, i : i + taken, j : j + taken].float()
+            if taken != side:  # downscaling removes the traces of an earlier JPEG
+                crop = F.interpolate(crop[None], (side, side), mode="bilinear", antialias=True)[0]
+            if rng.random() < 0.5:
+                crop = crop.flip(2)
+            if rng.random() < 0.2:
+                gain = torch.tensor([rng.uniform(0.9, 1.1) for _ in range(3)])[:, None, None]
+                crop = (crop * gain).clamp(0, 255)
+            crops.append(crop)
+        steps = torch.tensor([math.exp(rng.uniform(*map(math.log, STEPS))) for _ in crops])
+        return torch.stack(crops) - 127.5, steps
+
+
+def train(
+    pictures: Pictures, settings: TrainSettings, state: Path | None = None, report: Callable[[dict[str, object]], None] = lambda row: None
+) -> tuple[Model, list[dict[str, object]]]:
+    """Train, from where `state` left off if it is there.
+
+    Returns:
+        The model and the validation curve.
+    """
+    torch.manual_seed(settings.seed)
+    model = Model(settings)
+    optimizer = torch.optim.Adam(model.groups(settings))
+    curve: list[dict[str, object]] = []
+    begin = 0
+    if state is not None and state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        begin, curve = saved["step"], saved["curve"]
+    else:
+        model.start(torch.cat([pictures.batch(settings, -1 - i)[0] for i in range(80)]))
+        curve.append({"step": 0, "rates": validate(model, pictures.validation)})
+        report(curve[-1])
+    model.train()
+    for step in range(begin, settings.steps):
+        rate = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * rate
+        loss = loss_of(model, *pictures.batch(settings, step), step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        done = step + 1
+        if done % VALIDATE_EVERY == 0 or done == settings.steps:
+            curve.append({"step": done, "rates": validate(model, pictures.validation)})
+            report(curve[-1])
+        if state is not None and (done % SAVE_EVERY == 0 or done == settings.steps):
+            new = state.with_suffix(".new")
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "curve": curve, "settings": asdict(settings)}
+            torch.save(saved, new)
+            new.replace(state)
+    return model.eval(), curve
+
+
+def loss_of(model: Model, images: Tensor, steps: Tensor, step: int) -> Tensor:
+    """Bits a pixel + lambda * squared error of both pictures, weighted so that each rate counts alike."""
+    latents = model.quantised(model.analysis(images), steps)
+    integers = latents.round()
+    rounded = latents + (integers - latents).detach()
+    if step % 2:  # noise has gradients where rounding has none; differences of noisy means would count its variance twice
+        noise = torch.rand(latents.shape, generator=torch.Generator().manual_seed(step)) - 0.5
+        rounded = torch.cat([rounded[:, :PREDICTED], (latents + noise)[:, PREDICTED:]], 1)
+    bits = model.prior.bits(symbols_of(rounded), symbols_of(integers.detach()))
+    rate = bits.view(len(images), -1).sum(1) / images[0, 0].numel()
+    linear, filtered = model.synthesis(rounded, steps)
+    error = (linear - images).square().mean((1, 2, 3)) + (filtered - images).square().mean((1, 2, 3))
+    return ((rate + LAGRANGE / steps**2 * error / 2) * (steps / TYPICAL_STEP)).mean()
+
+
+@torch.no_grad()
+def validate(model: Model, images: Sequence[Tensor]) -> list[dict[str, float]]:
+    """Ideal rate and PSNR, of plain rounding, at a few steps."""
+    training = model.training
+    model.eval()
+    rows = []
+    for step in VALIDATION_STEPS:
+        total = torch.zeros(3, dtype=torch.float64)
+        for image in images:
+            height, width = (side // TILE * TILE for side in image.shape[1:])
+            target = image[None, :, :height, :width].float() - 127.5
+            steps = torch.tensor([step])
+            integers = model.quantised(model.analysis(target), steps).round()
+            bits = model.prior.bits(symbols_of(integers), symbols_of(integers)).sum()
+            shown = [(part + 127.5).clamp(0, 255).round() - 127.5 for part in model.synthesis(integers, steps)]
+            total += torch.tensor([bits / (height * width), *(10 * math.log10(255**2 / float((part - target).square().mean())) for part in shown)])
+        bpp, linear, filtered = (total / len(images)).tolist()
+        rows.append({"step": step, "bpp": bpp, "linear_psnr": linear, "filtered_psnr": filtered})
+    model.train(training)
+    return rows
