@@ -312,9 +312,9 @@ def test_any_bytes_decode_to_something_and_to_nothing_outside(junk: bytes, lanes
 
 def test_lanes_without_symbols_do_nothing_even_where_the_stream_is_damaged() -> None:
     tables = Tables([[4096]])
-    for states in ([0, 5], [2**31, 2**32 - 1], [2**15 - 1, 2**15]):
-        decoder = decoder_of([struct.pack("<2I3H", *states, 1, 2, 3)], [2], tables)
-        decoder.run(np.full((50, 1, 2), -1))
+    for state in (0, 5, 2**15 - 1, 2**31, 2**32 - 1):
+        decoder = decoder_of([struct.pack("<2I3H", 2**15, state, 1, 2, 3)], [2], tables)
+        decoder.run(np.tile([0, -1], (50, 1, 1)))
         assert decoder.position.tolist() == [8]
         assert not decoder.intact().any()
 
