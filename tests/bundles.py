@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
-from rinr_loader.bundle import Bundle, Dtype, Kind, Network, NetworkSpec
+from rinr_loader.bundle import Bundle, Dtype, JpegSpec, Kind, Network, NetworkSpec, TileSpec
 
 SMALL_WIDTH, SMALL_DEPTH = 5, 3
 
@@ -49,6 +49,30 @@ def small_bundle() -> Bundle:
     )
 
 
+def tile_bundle() -> Bundle:
+    """One of the family `tile`: a background and two residuals, one of no object."""
+    return replace(
+        small_bundle(),
+        networks=(
+            Network(TileSpec("background", 2, 16), (0, 0, 31, 20), 12.5, b"a stream of 37 bytes, as good as any.", 3, 1),
+            Network(TileSpec("residual"), (3, 2, 18, 20), 6.0, b"", 4, 2),
+            Network(TileSpec("residual"), (20, 1, 31, 9), 7.25, b"", 2),
+        ),
+    )
+
+
+def header_only(height: int, width: int, components: int = 3) -> bytes:
+    """The least that passes for a JPEG of a size before it is decoded: a frame, a scan, and as many bytes as the size asks for."""
+    frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(bytes([i + 1, 0x11, 0]) for i in range(components))
+    head = b"\xff\xd8\xff\xc0" + struct.pack(">H", 2 + len(frame)) + frame + b"\xff\xda\x00\x02"
+    return head + bytes(max(0, -(-height * width // 512) - len(head)))
+
+
+def jpeg_bundle() -> Bundle:
+    """One of the family `jpeg`, of a file that nobody can decode."""
+    return replace(small_bundle(), networks=(Network(JpegSpec(), (0, 0, 31, 20), 1.0, header_only(20, 31), 5, 0),), shared=bytes(8))
+
+
 def mend(data: bytes, *, length: bool = True) -> bytes:
     """Make length (unless told not to) and checksum right again, so that the checks behind them are reached. Written without the code it tests."""
     if len(data) < 48:
@@ -62,8 +86,10 @@ def mend(data: bytes, *, length: bool = True) -> bytes:
 
 @st.composite
 def bundles(draw: st.DrawFn) -> Bundle:
-    """Any valid bundle of small networks."""
-    stored = draw(st.tuples(st.integers(1, 65535), st.integers(1, 65535)))
+    """Any valid bundle, of small networks or short streams."""
+    family = draw(st.sampled_from(("siren", "tile", "jpeg")))
+    most = 400 if family == "jpeg" else 65535
+    stored = draw(st.tuples(st.integers(1, most), st.integers(1, most)))
     source = tuple(draw(st.integers(side, 65535)) for side in stored)
     height, width = stored
     count = draw(st.integers(0, 5))
@@ -73,6 +99,17 @@ def bundles(draw: st.DrawFn) -> Bundle:
         return low, draw(st.integers(low + 1, limit))
 
     def network(kind: Kind, rect: tuple[int, int, int, int]) -> Network:
+        around = (draw(st.integers(0, 255)), draw(st.integers(-1, count - 1)))
+        if family == "jpeg":
+            return Network(JpegSpec(), rect, 1.0, header_only(height, width, draw(st.sampled_from((1, 3)))), *around)
+        if family == "tile":
+            whole = kind == "background"
+            spec = TileSpec(kind, draw(st.integers(1, 2)), 2 ** draw(st.integers(0, 10))) if whole else TileSpec("residual")
+            step = draw(st.floats(2.0**-20, 2.0**20, width=32))
+            return Network(spec, rect, step, draw(st.binary(min_size=1, max_size=40)) if whole else b"", *around)
+        return sine(kind, rect)
+
+    def sine(kind: Kind, rect: tuple[int, int, int, int]) -> Network:
         w0 = draw(st.floats(0.5, 1000, width=32))
         dtype: Dtype = draw(st.sampled_from(("int8", "float16")))
         spec = NetworkSpec(kind, draw(st.integers(1, SMALL_DEPTH)), draw(st.integers(1, SMALL_WIDTH)), dtype, w0)
@@ -81,7 +118,7 @@ def bundles(draw: st.DrawFn) -> Bundle:
         return Network(spec, rect, scale, random_weights(spec, draw(st.integers(0, 9))), draw(st.integers(0, 255)), owner)
 
     networks = [network("background", (0, 0, width, height))]
-    for _ in range(draw(st.integers(0, 4))):
+    for _ in range(0 if family == "jpeg" else draw(st.integers(0, 4))):
         (x0, x1), (y0, y1) = span(width), span(height)
         networks.append(network(draw(st.sampled_from(("residual", "direct"))), (x0, y0, x1, y1)))
     boxes = []
@@ -100,5 +137,5 @@ def bundles(draw: st.DrawFn) -> Bundle:
         psnr=draw(st.none() | st.integers(1, 9900).map(lambda value: value / 100)),
         object_psnr=draw(st.none() | st.integers(1, 9900).map(lambda value: value / 100)),
         source_hash=draw(st.binary(min_size=4, max_size=4)),
-        shared=draw(st.binary(min_size=8, max_size=8)),
+        shared=bytes(8) if family == "jpeg" else draw(st.binary(min_size=8, max_size=8).filter(any if family == "tile" else lambda _: True)),
     )

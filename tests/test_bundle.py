@@ -12,11 +12,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-from bundles import bundles, mend, random_network, random_weights, small_bundle
+from bundles import bundles, header_only, jpeg_bundle, mend, random_network, random_weights, small_bundle, tile_bundle
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rinr_loader.bundle import HEADER, NETWORK, OBJECT, Bundle, Network, NetworkSpec, check_bytes, pack, parse
+from rinr_loader.bundle import HEADER, NETWORK, OBJECT, Bundle, JpegSpec, Network, NetworkSpec, TileSpec, check_bytes, pack, parse
 from rinr_loader.errors import BundleError
 
 SMALL = pack(small_bundle())
@@ -251,6 +251,123 @@ def test_every_bit_pattern_of_a_half_that_is_no_number() -> None:
     for pattern in [*range(0x7C00, 0x8000, 37), *range(0xFC00, 0x10000, 37)]:
         with pytest.raises(BundleError, match="weights finite"):
             parse(changed(WEIGHTS_AT, "<H", pattern))
+
+
+# --- other families ---
+
+TILE, JPEG = pack(tile_bundle()), pack(jpeg_bundle())
+OTHERS = {"tile": TILE, "jpeg": JPEG}
+
+
+def other(data: bytes, at: int, form: str, *values: object) -> bytes:
+    """A bundle with other numbers at a place, the checksum made right again."""
+    damaged = bytearray(data)
+    struct.pack_into(form, damaged, at, *values)
+    return mend(bytes(damaged))
+
+
+@pytest.mark.parametrize(("data", "bundle"), [(TILE, tile_bundle()), (JPEG, jpeg_bundle())], ids=OTHERS)
+def test_the_other_families_use_every_field(data: bytes, bundle: Bundle) -> None:
+    assert_same(parse(data), bundle)
+    assert parse(data).family == bundle.networks[0].spec.family
+    assert data[5] == {"tile": 2, "jpeg": 3}[bundle.family]
+    rows = [struct.unpack_from("<4B2H4H2f2I", data, NETWORKS_AT + 32 * i) for i in range(len(bundle.networks))]
+    first = -(-(NETWORKS_AT + 32 * len(rows)) // 16) * 16
+    if bundle.family == "tile":
+        assert [row[:3] + row[4:5] + row[10:11] for row in rows] == [(0, 2, 2, 16, 0.0), (1, 2, 0, 0, 0.0), (1, 2, 0, 0, 0.0)]
+        assert [row[-2:] for row in rows] == [(first, 37), (first + 37, 0), (first + 37, 0)], "residuals have no bytes of their own"
+        assert [row[11] for row in rows] == [12.5, 6.0, 7.25]
+    else:
+        assert rows[0][:3] + rows[0][4:5] + rows[0][10:12] == (0, 3, 0, 0, 0.0, 1.0)
+        assert data[first:] == header_only(20, 31)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_damage_to_the_other_families_is_noticed(name: str) -> None:
+    data = OTHERS[name]
+    for length in range(len(data)):
+        for cut in (data[:length], mend(data[:length])):
+            # A stream may end anywhere: that it is whole is for its decoder to say. Its length stands in the table.
+            with pytest.raises(BundleError):
+                parse(cut)
+    for extra in range(1, 40):
+        with pytest.raises(BundleError):
+            parse(mend(data + bytes(extra)))
+    for bit in range(8 * len(data)):
+        with pytest.raises(BundleError):
+            parse(flipped(data, bit))
+        changed = mend(flipped(data, bit), length=False)
+        try:
+            parsed = parse(changed)
+        except BundleError:
+            continue
+        assert pack(parsed) == changed, f"bit {bit} is not read"
+
+
+N = NETWORKS_AT
+HOSTILE_OTHERS = {
+    "tile without shared parameters": (other(TILE, 32, "<8s", bytes(8)), "shared parameters a hash for family tile, got zeros"),
+    "tile of no layer": (other(TILE, N + 2, "<B", 0), "layers x lanes"),
+    "tile of three layers": (other(TILE, N + 2, "<B", 3), "network 0: layers x lanes 1 or 2 x a power of two up to 1024, got 3x16"),
+    "tile without lanes": (other(TILE, N + 4, "<H", 0), "layers x lanes"),
+    "tile of three lanes": (other(TILE, N + 4, "<H", 3), "layers x lanes"),
+    "tile of 2048 lanes": (other(TILE, N + 4, "<H", 2048), "layers x lanes"),
+    "tile with a frequency": (other(TILE, N + 16, "<f", 30.0), "network 0: w0 0, got 30"),
+    "tile with a frequency of -0": (other(TILE, N + 16, "<f", -0.0), "network 0: w0 0, got -0"),
+    "tile of step 0": (other(TILE, N + 20, "<f", 0.0), "scale finite and above 0"),
+    "tile of step NaN": (other(TILE, N + 20, "<f", NAN), "scale finite and above 0"),
+    "tile of step infinity": (other(TILE, N + 52, "<f", INF), "network 1: scale finite"),
+    "tile without a stream": (other(TILE, N + 28, "<I", 0), "network 0: length"),
+    "tile with a longer stream": (other(TILE, N + 28, "<I", 38), "network 0: end within"),
+    "tile with a shorter stream": (other(TILE, N + 28, "<I", 36), "network 1: offset"),
+    "direct tile": (other(TILE, N + 32, "<B", 2), "network 1: kind one of latents, got direct"),
+    "residual tile with layers": (other(TILE, N + 34, "<B", 1), "network 1: depth x width 0x0"),
+    "residual tile with lanes": (other(TILE, N + 36, "<H", 1), "network 1: depth x width 0x0"),
+    "residual tile with bytes": (other(TILE, N + 60, "<I", 1), "network 1: length"),
+    "residual tile at a multiple of 16": (other(TILE, N + 56, "<I", 272), "network 1: offset"),
+    "a sine network among tiles": (other(TILE, N + 33, "<B", 1), "network 1: dtype one of tile: [2], got 1"),
+    "tiles called sine networks": (other(TILE, 5, "<B", 1), "network 0: dtype one of siren: [0, 1], got 2"),
+    "a JPEG called tiles": (other(JPEG, 5, "<B", 2), "network 0: dtype one of tile: [2], got 3"),
+    "JPEG with shared parameters": (other(JPEG, 32, "<8s", b"12345678"), "shared parameters none for family jpeg, got 3132333435363738"),
+    "JPEG of another scale": (other(JPEG, N + 20, "<f", 2.0), "network 0: scale 1 for family jpeg, got 2"),
+    "JPEG with depth": (other(JPEG, N + 2, "<B", 1), "depth x width 0x0"),
+    "JPEG with width": (other(JPEG, N + 4, "<H", 1), "depth x width 0x0"),
+    "JPEG with a frequency": (other(JPEG, N + 16, "<f", 1e-30), "w0 0"),
+    "residual JPEG": (other(JPEG, N, "<B", 1), "network 0: kind one of jpeg, got residual"),
+    "JPEG of another height": (other(JPEG, 16, "<H", 19), "network 0:"),
+    "no JPEG": (other(JPEG, N + 32 + 8, "<H", 0), "network 0: weights a JPEG, gray or YCbCr, got no start of an image"),
+    "JPEG of another size": (other(JPEG, N + 40 + 7, ">H", 21), "network 0: weights a JPEG of (20, 31), got (21, 31)"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_OTHERS)
+def test_hostile_numbers_of_other_families(name: str) -> None:
+    data, reason = HOSTILE_OTHERS[name]
+    with pytest.raises(BundleError, match=re.escape(reason)):
+        parse(data)
+
+
+def test_a_jpeg_is_alone() -> None:
+    bundle = jpeg_bundle()
+    for second in (bundle.networks[0], replace(bundle.networks[0], spec=JpegSpec("residual")), small_bundle().networks[1], tile_bundle().networks[1]):
+        with pytest.raises(BundleError):
+            pack(replace(bundle, networks=(*bundle.networks, second)))
+    for first in (small_bundle().networks[0], tile_bundle().networks[0]):
+        with pytest.raises(BundleError, match="network 1: dtype"):
+            pack(replace(bundle, networks=(first, *bundle.networks), shared=b"12345678"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (TileSpec("background", 1, 64), "background tile-1 64 lanes"),
+        (TileSpec("residual"), "residual tile"),
+        (JpegSpec(), "background jpeg"),
+        (NetworkSpec("residual", 3, 10, "float16"), "residual 3x10 float16"),
+    ],
+)
+def test_what_parts_are_called(spec: TileSpec | JpegSpec | NetworkSpec, text: str) -> None:
+    assert str(spec) == text
 
 
 # --- messages ---

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from bundles import bundles, random_network, small_bundle
+from bundles import bundles, random_network, small_bundle, tile_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jpegs import jpeg_bundle
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from rinr_loader import RinrDataset
-from rinr_loader.bundle import Bundle, NetworkSpec, pack
+from rinr_loader.bundle import Bundle, NetworkSpec, pack, parse
 from rinr_loader.decode import decode, whole
 from rinr_loader.errors import BundleError, RinrError, ShardError, StorageError
-from rinr_loader.index import ShardIndex, build_index, decode_key, dump_index, encode_key, index_shard, load_index, row_of, shard_members
+from rinr_loader.index import Row, ShardIndex, build_index, decode_key, dump_index, encode_key, index_shard, load_index, row_of, shard_members
 from rinr_loader.index_check import COLUMNS
 from rinr_loader.reader import read_samples
 from rinr_loader.writer import DATASET, describe_dataset, describe_shard, dump_json, hash_file, write_bytes, write_index, write_tar
@@ -221,7 +221,7 @@ def safe_to_read(shard: Path, index: ShardIndex) -> None:
         buffer = read_samples([(shard, index)], np.zeros_like(everything), everything)
     except RinrError:
         return
-    ends = buffer.network_offset + torch.tensor([buffer.groups[g].nbytes for g in buffer.network_group.tolist()])
+    ends = buffer.network_offset + buffer.network_bytes
     assert int(buffer.network_offset.min()) >= 0
     assert int(ends.max()) <= len(buffer.data)
     decode(buffer, whole(buffer, (8, 8)), size=(8, 8))
@@ -477,6 +477,150 @@ HOSTILE: dict[str, Callable[[Columns], None]] = {
 def test_hostile_columns(raw: bytes, name: str) -> None:
     with pytest.raises(ShardError, match=r"^index: expected .*, got .*; make it again with `rinr index`$"):
         load_index(altered(raw, HOSTILE[name]), name="index")
+
+
+# --- families side by side ---
+
+MIXED = (
+    ("a", pack(small_bundle())),
+    ("b", pack(tile_bundle())),
+    ("c", jpeg_bundle(0, boxes=[(1, 2, 9, 12)])),
+    ("d", jpeg_bundle(1, stored=(9, 7))),
+    ("e", pack(replace(tile_bundle(), networks=tile_bundle().networks[:1], shared=b"another!"))),
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixed") / "mixed.tar"
+    write_tar(path, [(f"{key}.rinr", data) for key, data in MIXED])
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed_raw(mixed: Path) -> bytes:
+    return dump_index(index_shard(mixed), shard_bytes=mixed.stat().st_size)
+
+
+def test_an_index_of_several_families(mixed: Path, mixed_raw: bytes) -> None:
+    index, data = load_index(mixed_raw, name="x", shard_bytes=mixed.stat().st_size), mixed.read_bytes()
+    row, sizes = 0, [0, 0]
+    for i, (_, raw) in enumerate(MIXED):
+        parsed = parse(raw)
+        for k, network in enumerate(parsed.networks):
+            assert index.groups[index.network_group[row]] == network.spec
+            start, size = int(index.network_offset[row]), int(index.network_bytes[row])
+            assert data[start : start + size] == network.weights
+            assert (tuple(index.rect[row]), index.scale[row], index.feather[row]) == (network.rect, network.scale, network.feather)
+            sizes[k > 0] += len(network.weights)
+            row += 1
+        assert index.network_start[i + 1] == row
+    assert [index.background_bytes, index.residual_bytes] == sizes
+    assert about(mixed_raw)["groups"] == [
+        ["background", 2, 3, "int8", 30.0],
+        ["residual", 1, 4, "float16", 30.0],
+        ["direct", 1, 2, "int8", 30.0],
+        ["background", 2, 16, "latents", 0.0],
+        ["residual", 0, 0, "latents", 0.0],
+        ["background", 0, 0, "jpeg", 0.0],
+    ]
+    assert dump_index(index, shard_bytes=mixed.stat().st_size) == mixed_raw
+
+
+def test_a_buffer_of_several_families(mixed: Path) -> None:
+    index = index_shard(mixed)
+    order = np.array([4, 2, 0, 2, 1, 0])
+    buffer = read_samples([(mixed, index)] * 2, np.array([1, 0, 1, 1, 0, 0]), order, {b"a": "parameters"})
+    assert buffer.shared == {b"a": "parameters"}
+    assert buffer.shared_hash == tuple(parse(MIXED[i][1]).shared for i in order)
+    row = 0
+    for i in order:
+        for network in parse(MIXED[i][1]).networks:
+            start, size = int(buffer.network_offset[row]), int(buffer.network_bytes[row])
+            assert buffer.data[start : start + size].numpy().tobytes() == network.weights
+            assert int(buffer.network_object[row]) == network.object
+            row += 1
+    assert row == len(buffer.network_bytes)
+    # JPEGs are decoded from host memory wherever the buffer is.
+    assert buffer.host is None
+    assert buffer.to("meta").host is buffer.data
+    assert buffer.to("meta").shared == buffer.shared
+
+
+BAD_OTHERS = (
+    ["background", 2, 16, "jpeg", 0.0],
+    ["background", 0, 0, "jpeg", 30.0],
+    ["background", 0, 0, "jpeg", -0.0],
+    ["residual", 0, 0, "jpeg", 0.0],
+    ["background", 0, 0, "latents", 0.0],
+    ["background", 1, 3, "latents", 0.0],
+    ["background", 3, 4, "latents", 0.0],
+    ["background", 1, 2048, "latents", 0.0],
+    ["background", 1, 16, "latents", 30.0],
+    ["direct", 0, 0, "latents", 0.0],
+    ["residual", 0, 1, "latents", 0.0],
+    ["background", 0, 0, "webp", 0.0],
+)
+
+
+@pytest.mark.parametrize("group", BAD_OTHERS, ids=str)
+def test_hostile_groups_of_other_families(mixed_raw: bytes, group: Any) -> None:
+    groups = about(mixed_raw)["groups"]
+    for place in (3, 4, 5):
+        with pytest.raises(ShardError):
+            load_index(altered(mixed_raw, groups=[*groups[:place], group, *groups[place + 1 :]]), name="x")
+
+
+def exchange(row: int, group: int) -> Callable[[Columns], None]:
+    return put("network_group", row, group)
+
+
+HOSTILE_OTHERS: dict[str, Callable[[Columns], None]] = {
+    "a sine network called a JPEG": exchange(0, 5),
+    "a residual tile called a sine network": exchange(4, 1),
+    "a residual called a tile": exchange(1, 4),
+    "a JPEG of another scale": put("scale", 6, 2.0),
+    "a JPEG elsewhere": put("network_offset", 6, 0),
+    "a JPEG of no bytes": lambda c: c["network_offset"].put(6, c["offset"][2] + c["size"][2]),
+    "a JPEG 16 bytes later": lambda c: c["network_offset"].put(6, c["network_offset"][6] + 16),
+    "a residual tile elsewhere": lambda c: c["network_offset"].put(4, c["network_offset"][4] - 1),
+    "a residual tile at a multiple of 16": lambda c: c["network_offset"].put(5, -(-c["network_offset"][5] // 16) * 16),
+    "a stream highest": put("network_offset", 3, HIGH),
+    "a stream lowest": put("network_offset", 3, LOW),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_OTHERS)
+def test_hostile_columns_of_other_families(mixed_raw: bytes, name: str) -> None:
+    with pytest.raises(ShardError, match=r"^index: expected .*, got .*; make it again with `rinr index`$"):
+        load_index(altered(mixed_raw, HOSTILE_OTHERS[name]), name="index")
+
+
+def test_one_family_in_a_sample() -> None:
+    """Nothing in its offsets would tell: a residual tile has no bytes."""
+    jpeg, tile = parse(MIXED[2][1]), tile_bundle().networks[1]
+    both = replace(jpeg, networks=(*jpeg.networks, replace(tile, object=0)))
+    size = -(-(48 + 24 + 2 * 32) // 16) * 16 + len(jpeg.networks[0].weights)
+    raw = dump_index(build_index([Row("a", 512, size, 0, both)]), shard_bytes=10240)
+    with pytest.raises(ShardError, match="expected networks of one family in a sample"):
+        load_index(raw, name="x")
+
+
+def test_flipped_bits_of_an_index_of_jpegs(tmp_path: Path) -> None:
+    path = tmp_path / "jpegs.tar"
+    write_tar(path, [("c.rinr", MIXED[2][1]), ("d.rinr", MIXED[3][1])])
+    raw = dump_index(index_shard(path), shard_bytes=path.stat().st_size)
+    header, read = 8 + int.from_bytes(raw[:8], "little"), 0
+    for bit in range(8 * header, 8 * len(raw)):
+        data = bytearray(raw)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            index = load_index(bytes(data), name="x", shard_bytes=path.stat().st_size)
+        except ShardError:
+            continue
+        read += 1
+        safe_to_read(path, index)
+    assert read > 100
 
 
 # --- damage to the shard ---
