@@ -16,7 +16,7 @@ import torch
 from common import dac_frames, picture, write_result
 from torch import Tensor
 
-from rinr_loader import encode
+from rinr_loader import encode_siren
 from rinr_loader.bundle import NetworkSpec
 from rinr_loader.codecs import siren
 from rinr_loader.fit import Schedule, Task, fit, psnr_of
@@ -44,7 +44,7 @@ def per_tensor(flat: Tensor, spec: NetworkSpec) -> Tensor:
 def compare(job: tuple[Picture, NetworkSpec, Schedule]) -> dict[str, float]:
     torch.set_num_threads(1)
     frame, spec, schedule = job
-    task = encode._background_task(frame, Settings(), torch.device("cpu"))
+    task = encode_siren._background_task(frame, Settings(), torch.device("cpu"))
     weights = {}
     for dtype in ("float16", "int8"):
         shape = replace(spec, dtype=dtype)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
     python benchmarks/shapes.py [--frames 8] [--steps 2000]
 
-What the ladders of rinr_loader/presets.py and the prediction of a picture's step in rinr_loader/encode.py are taken from.
+What the ladders of rinr_loader/presets.py and the prediction of a picture's step in rinr_loader/encode_siren.py are taken from.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from common import dac_frames, picture, write_result
 
-from rinr_loader import encode
+from rinr_loader import encode_siren
 from rinr_loader.bundle import Network, NetworkSpec
-from rinr_loader.encode import JPEG_QUALITY
+from rinr_loader.encode_siren import JPEG_QUALITY
 from rinr_loader.fit import Schedule, fit
 from rinr_loader.picture import Picture
 from rinr_loader.presets import LR_LIMIT, Settings
@@ -33,7 +33,7 @@ RESIDUALS = ((3, 10), (3, 16), (4, 20), (4, 32), (5, 17), (5, 24), (5, 40))
 def background(job: tuple[Picture, NetworkSpec, Schedule]) -> tuple[float, Network]:
     torch.set_num_threads(1)
     frame, spec, schedule = job
-    task = partial(encode._background_task, frame, Settings(), CPU)
+    task = partial(encode_siren._background_task, frame, Settings(), CPU)
     fitted = fit([task], spec, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0]
     return fitted.psnr, Network(spec, (0, 0, frame.pixels.shape[1], frame.pixels.shape[0]), 0.5, fitted.weights)
 

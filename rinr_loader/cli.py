@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
 
@@ -21,6 +21,8 @@ from rinr_loader.errors import ConfigError, RinrError
 
 if TYPE_CHECKING:
     from rinr_loader.convert import Progress
+    from rinr_loader.presets import Settings
+    from rinr_loader.specs import Family
 
 P = ParamSpec("P")
 
@@ -142,12 +144,21 @@ def convert_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or file of a picture dataset; its format is detected.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="The directory to write; an unfinished conversion there is continued.")],
     source_format: Annotated[str | None, typer.Option(callback=_source_format, metavar="NAME", help="Format of SOURCE, not detected.")] = None,
-    codec: Annotated[Literal["siren"], typer.Option(help="Family of networks.")] = "siren",
-    preset: Annotated[Literal["paper", "fast", "balanced", "best"], typer.Option(help="Shapes and steps; time against quality.")] = "balanced",
-    mode: Annotated[Literal["qre", "re", "de", "be", "bs"], typer.Option(help="What is stored, see docs/FORMAT.md.")] = "qre",
+    family: Annotated[Literal["tile", "siren", "jpeg"], typer.Option(help="What pictures are stored as, see docs/CODECS.md.")] = "siren",
+    preset: Annotated[
+        Literal["paper", "fast", "balanced", "best"] | None,
+        typer.Option(help="Shapes and steps, time against quality; of siren.", show_default="balanced"),
+    ] = None,
+    mode: Annotated[
+        Literal["qre", "re", "de", "be", "bs"] | None,
+        typer.Option(help="What is stored, see docs/FORMAT.md; tile has qre and be.", show_default="qre"),
+    ] = None,
     size: Annotated[PictureSize | None, typer.Option(parser=_size, metavar="WxH", help="Shrink pictures to fit inside; never enlarges.")] = None,
     target_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which a picture is good enough.")] = None,
     object_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which an object is good enough.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Bytes of a sample at most, where it can be; of tile and jpeg.")] = None,
+    refine: Annotated[int | None, typer.Option(min=0, metavar="N", help="Steps that refine latents; of tile.", show_default="0")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=2, metavar="1|2", help="Layers of the synthesis; of tile.", show_default="2")] = None,
     shard_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a shard.")] = 1024,
     limit: Limit = None,
     val_fraction: Annotated[float, typer.Option(callback=_fraction, metavar="F", help="Share of train that becomes val, if there is none.")] = 0.0,
@@ -165,14 +176,14 @@ def convert_command(
     from rinr_loader import reports
     from rinr_loader.convert import Job, convert, estimate
     from rinr_loader.converters import open_source
-    from rinr_loader.presets import Settings
 
     chosen = _chosen_device(device)
     if amp and chosen == "cpu":
         raise typer.BadParameter("works on CUDA only; leave it out", param_hint="--amp")
     if val_residuals:
         warn("--val-residuals: the pictures of val and test get better where their labels are; scores on them say more than a detector can do")
-    settings = Settings(preset, mode, target_psnr, object_psnr, seed, amp)
+    given = {"preset": preset, "mode": mode, "target_psnr": target_psnr, "object_psnr": object_psnr, "seed": seed, "half": amp or None}
+    settings = _settings(family, {**given, "max_bytes": max_bytes, "refine": refine, "layers": layers})
     job = Job(settings, None if size is None else (size.width, size.height), shard_samples, val_residuals, chosen)
     found = open_source(source_path, source_format=source_format, val_fraction=val_fraction, limit=limit)
     if dry_run:
@@ -187,6 +198,25 @@ def convert_command(
 
         report = convert(found, dest_path, job, workers=workers or _workers(chosen), strict=strict, on_progress=on_progress)
     reports.convert_report(report, as_json=as_json)
+
+
+def _settings(family: Family, given: dict[str, Any]) -> Settings:
+    """Settings of the options that were given; one that the family has no meaning for is told, even where it is the default."""
+    from rinr_loader.presets import UNDERSTOOD, Settings, check_settings
+
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in UNDERSTOOD[family]:
+            option = "--amp" if name == "half" else f"--{name.replace('_', '-')}"
+            families = [other for other, names in UNDERSTOOD.items() if name in names]
+            wrong = f"is of family {' and '.join(families)}, and not of {family}; leave it out, or choose --family {families[0]}"
+            raise typer.BadParameter(wrong, param_hint=option)
+    settings = Settings(family=family, **given)
+    try:
+        check_settings(settings)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    return settings
 
 
 def _workers(device: str) -> int:

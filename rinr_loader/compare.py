@@ -13,7 +13,7 @@ from PIL import Image
 from rinr_loader.dataset import RinrDataset
 from rinr_loader.errors import ConfigError, ConvertError
 from rinr_loader.image import fit_inside, read_image
-from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
+from rinr_loader.quality import box_mask, jpeg, jpeg_bytes, mean_of, psnr
 from rinr_loader.source import Sample, Source
 
 QUALITIES = (10, 25, 50, 75, 95)
@@ -113,16 +113,10 @@ def _quality_of(pixels: Sequence[NDArray[np.uint8]], wanted: float) -> int:
 def _jpeg_rate(pixels: Sequence[NDArray[np.uint8]], masks: Sequence[NDArray[np.bool_]], quality: int) -> Rate:
     sizes, whole, objects = [], [], []
     for picture, mask in zip(pixels, masks, strict=True):
-        data = _jpeg(picture, quality)
+        data = jpeg(picture, quality)
         decoded = np.asarray(Image.open(io.BytesIO(data)))
         sizes.append(len(data))
         whole.append(psnr(decoded, picture))
         objects.append(psnr(decoded, picture, mask))
     means = [mean_of([np.array(values, np.float32)]) for values in (whole, objects)]
     return Rate(f"JPEG quality {quality}", float(np.mean(sizes)), *means)
-
-
-def _jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
-    return buffer.getvalue()

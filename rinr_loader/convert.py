@@ -25,7 +25,9 @@ import numpy as np
 from rinr_loader.errors import ConfigError, ConvertError, ShardError
 from rinr_loader.index import ShardIndex, load_index
 from rinr_loader.lanes import check_device
+from rinr_loader.presets import check_settings
 from rinr_loader.quality import mean_of
+from rinr_loader.shared import check_shared, write_shared
 from rinr_loader.source import Problem, Source
 from rinr_loader.units import (
     Job,
@@ -77,6 +79,7 @@ class Report:
         dest: The dataset.
         samples: Samples written, by split.
         problems: What was left out, and why.
+        missed: What was stored below a target that was asked for, or in more bytes.
         dropped_boxes: Boxes left out, by reason.
         seconds: Time it took.
         psnr, object_psnr: Mean of each split's samples in dB, None where there is nothing to measure.
@@ -93,6 +96,7 @@ class Report:
     object_psnr: dict[str, float | None]
     bytes: int
     source_bytes: int
+    missed: tuple[Problem, ...] = ()
 
 
 def convert(
@@ -121,13 +125,15 @@ def convert(
 
     Raises:
         ConvertError: There is nothing to convert, a key does not fit a tar, or `strict` met a problem.
-        ConfigError: `dest` holds another dataset or another unfinished conversion, or the device is not there.
+        ConfigError: `dest` holds another dataset or another unfinished conversion, the device is not there, or the settings do not fit
+            together.
         ShardError: `dest` holds the finished dataset, but a file of it is gone or damaged.
         StorageError: `dest` cannot be written, or is full.
     """
     started = time.monotonic()
     job, dest = job or Job(), Path(dest)
     check_device(job.device)
+    check_settings(job.settings)
     units = plan_units(source.samples, job.shard_samples)
     check_labels(source)
     if strict and source.problems:
@@ -269,6 +275,7 @@ class _Run:
 
 def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[Unit]) -> None:
     """Join units to shards, then describe them; `dataset.json` comes last and makes the directory a dataset."""
+    shared = write_shared(dest, job.shared, work)
     splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
     for split, shard in dict.fromkeys((unit.split, unit.shard) for unit in units):
         path = dest / split / f"{shard}.tar"
@@ -291,9 +298,11 @@ def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[
         dropped.update(report.dropped)
     about = {"format": source.format, "bytes": sum(r.source_bytes for r in reports)}
     codec = {**job.describe(), "job": _fingerprint(source, job)}
-    write_bytes(dest / REPORT, dump_json({"problems": problems, "dropped_boxes": dict(dropped)}), work)
+    missed = [entry for report in reports for entry in report.missed]
+    write_bytes(dest / REPORT, dump_json({"problems": problems, "missed": missed, "dropped_boxes": dict(dropped)}), work)
     write_bytes(dest / "data.yaml", data_yaml(splits, source.names), work)
-    write_bytes(dest / DATASET, dump_json(describe_dataset(splits, names=source.names, codec=codec, source=about)), work)
+    described = describe_dataset(splits, names=source.names, codec=codec, source=about, shared=shared)
+    write_bytes(dest / DATASET, dump_json(described), work)
 
 
 def _report(dest: Path, seconds: float) -> Report:
@@ -301,6 +310,7 @@ def _report(dest: Path, seconds: float) -> Report:
     described = json.loads((dest / DATASET).read_bytes())
     left_out = json.loads((dest / REPORT).read_bytes())
     indexes = {split: [_open_shard(dest, row) for row in table["shards"]] for split, table in described["splits"].items()}
+    check_shared(dest, described)
     files = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
     return Report(
         dest=dest,
@@ -312,6 +322,7 @@ def _report(dest: Path, seconds: float) -> Report:
         object_psnr={split: mean_of([index.object_psnr for index in found]) for split, found in indexes.items()},
         bytes=files,
         source_bytes=described["source"]["bytes"],
+        missed=tuple(Problem(*entry) for entry in left_out.get("missed", [])),
     )
 
 
@@ -343,8 +354,10 @@ def estimate(source: Source, job: Job | None = None, *, samples: int = 8) -> Est
 
     Raises:
         ConvertError: There is nothing to convert, or none of the samples can be read.
+        ConfigError: The settings do not fit together.
     """
     job = job or Job()
+    check_settings(job.settings)
     plan_units(source.samples, job.shard_samples)  # the same checks as a conversion
     check_labels(source)
     chosen = [source.samples[i] for i in sorted(set(np.linspace(0, len(source.samples) - 1, samples).round().astype(int).tolist()))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rinr_loader.boxes import place_objects
 from rinr_loader.decode import decode, whole
+from rinr_loader.dictionary import Dictionary
 from rinr_loader.errors import ConfigError, ShardError, StorageError
 from rinr_loader.index import ShardIndex, decode_key, load_index
 from rinr_loader.reader import ShardBuffer, read_samples
+from rinr_loader.shared import check_shared, load_shared
 from rinr_loader.source import SPLITS
 
 DATASET = "dataset.json"
@@ -46,7 +49,7 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
 
     Raises:
         ConfigError: The path holds no dataset, or not this split.
-        ShardError: An index is damaged or of another shard, or a shard is missing or has another size.
+        ShardError: An index is damaged or of another shard, or a shard or a file of shared parameters is missing or has another size.
 
     Example:
         >>> dataset = RinrDataset(path, split="train")
@@ -70,6 +73,7 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
             raise ConfigError(f"{self.path}: expected a split {split!r}, got only {', '.join(self.metadata['splits'])}; choose one of these")
         self.split, self.size, self.device, self.antialias = split, size, torch.device(device), antialias
         self.names: tuple[str, ...] = tuple(self.metadata["names"])
+        check_shared(self.path, self.metadata)
         self.shards: list[tuple[Path, ShardIndex]] = [self._open(row) for row in self.metadata["splits"][split]["shards"]]
         self.shard_samples = [len(index) for _, index in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
@@ -95,6 +99,11 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
         """A hash of the split's content: it stays the same when the directory moves."""
         rows = self.metadata["splits"][self.split]["shards"]
         return hashlib.sha256("".join(row["sha256"] for row in rows).encode()).hexdigest()[:16]
+
+    @cached_property
+    def shared(self) -> dict[bytes, Dictionary]:
+        """The shared parameters that the dataset carries, by the hash that bundles name them by."""
+        return load_shared(self.path, self.metadata)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -131,14 +140,15 @@ class RinrDataset(IterableDataset[tuple[Tensor, dict[str, Any]]]):
         Raises:
             IndexError: An index is out of range.
             BundleError: A bundle is damaged.
-            ShardError: A shard is cut off.
+            ConfigError: The shared parameters are of another version.
+            ShardError: A shard is cut off, or the shared parameters are damaged.
             StorageError: A shard cannot be read.
         """
         wanted = np.asarray(indices, np.int64)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"indices: expected 0 to {len(self) - 1}, got {wanted.min()} to {wanted.max()}")
         shard = np.searchsorted(self._starts, wanted, side="right") - 1
-        return read_samples(self.shards, shard, wanted - self._starts[shard])
+        return read_samples(self.shards, shard, wanted - self._starts[shard], self.shared)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         worker = get_worker_info()
@@ -208,6 +218,11 @@ _SPLIT: dict[str, type] = {"samples": int, "objects": int, "shards": list}
 def _is_sound(described: dict[str, Any]) -> bool:
     """Whether `dataset.json` has every entry that is read without looking, and nothing that leads out of its directory."""
     if not _has(described, _TOP) or not all(isinstance(name, str) for name in described["names"]):
+        return False
+    shared = described.get("shared", {})
+    if shared != [] and not (
+        isinstance(shared, dict) and all(re.fullmatch("[0-9a-f]{64}", name) and type(size) is int for name, size in shared.items())
+    ):
         return False
     tables = described["splits"].values()
     if not set(described["splits"]) <= set(SPLITS) or not all(_has(table, _SPLIT) for table in tables):

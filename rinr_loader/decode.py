@@ -9,7 +9,7 @@ much again for the parameters of its networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rinr_loader.bundle import NetworkSpec
 from rinr_loader.codecs import siren
+from rinr_loader.dictionary import Dictionary
 from rinr_loader.geometry import Placements
 from rinr_loader.reader import ShardBuffer, buffer_of
 from rinr_loader.surfaces import paint, split_families
-from rinr_loader.view import Jobs, View, inside, map_points, points_a_side, reach, scales, stored_view
+from rinr_loader.view import Jobs, View, feather, inside, map_points, points_a_side, reach, scales, stored_view
 
 # Points evaluated by one launch. On a CPU the activations of a launch should stay in the cache of its cores.
 POINTS = {"cpu": 32768, "cuda": 1 << 20}
@@ -87,13 +88,21 @@ def decode(
         return _epilogue(pixels, covered, (count, height, width), fill, dtype, channels_last, normalize, out)
 
 
-def decode_batch(bundles: Sequence[bytes], *, size: tuple[int, int] | None = None, device: torch.device | str = "cpu") -> Tensor:
+def decode_batch(
+    bundles: Sequence[bytes],
+    *,
+    size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    shared: Mapping[bytes, Dictionary] | None = None,
+) -> Tensor:
     """Decode a handful of bundles into images of one size, each stretched to fill it.
 
     Args:
         bundles: One encoded image each; sizes and network shapes may differ.
         size: Height and width of the output, in pixels; None takes the stored size, which must then be the same for all.
         device: Where the images are decoded and returned.
+        shared: Shared parameters of bundles of the family `tile`, by the first 8 bytes of their SHA-256; those that come with the package
+            need not be given.
 
     Returns:
         RGB images, uint8 in [0, 255], shape `(N, 3, H, W)`, contiguous, on `device`.
@@ -106,7 +115,7 @@ def decode_batch(bundles: Sequence[bytes], *, size: tuple[int, int] | None = Non
         >>> decode_batch([bundle], size=(32, 32)).shape
         torch.Size([1, 3, 32, 32])
     """
-    buffer = buffer_of(bundles).to(device)
+    buffer = buffer_of(bundles, shared=shared).to(device)
     if size is None:
         sizes = {(height, width) for height, width in buffer.stored_size.tolist()}
         if len(sizes) != 1:
@@ -240,27 +249,6 @@ def _evaluate_tiles(
     if spec.kind == "direct":
         pixels[flat] *= 1 - weight.unflatten(1, (-1, samples * samples)).mean(2)[shown][:, None]
     pixels.index_add_(0, flat, values)
-
-
-def feather(points: Tensor, rect: Tensor, width: Tensor, stored_size: Tensor) -> Tensor:
-    """Weight of a residual at points: 1 inside, 0 outside, a ramp of `width` pixels at each edge that is not the picture's own.
-
-    Args:
-        points: x and y in stored pixels, `(K, 2, P)`.
-        rect: x0 y0 x1 y1 of each residual, `(K, 4)`.
-        width: In stored pixels, `(K,)`; 0 for a hard edge.
-        stored_size: Height and width of each picture, `(K, 2)`.
-
-    Returns:
-        Weights in [0, 1], `(K, P)`.
-    """
-    low, high = points - rect[:, :2, None], rect[:, 2:, None] - points  # [K, 2, P] distance to the edges
-    ramp = width[:, None, None]
-    hard = width[:, None, None] <= 0
-    at_low, at_high = hard | (rect[:, :2, None] <= 0), hard | (rect[:, 2:, None] >= stored_size.flip(1)[:, :, None])
-    low_weight = torch.where(at_low, (low >= 0).float(), (low / ramp).clamp(0, 1))
-    high_weight = torch.where(at_high, (high > 0).float(), (high / ramp).clamp(0, 1))
-    return torch.minimum(low_weight, high_weight).amin(1)
 
 
 def _epilogue(

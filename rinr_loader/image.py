@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from rinr_loader.errors import ConvertError
+from rinr_loader.jpeg_header import read_header
 from rinr_loader.source import ByteRange
 
 MAX_SIDE = 65535  # what a bundle can state
@@ -25,11 +26,13 @@ class SourceImage:
         pixels: Upright RGB, uint8, `(H, W, 3)`.
         source_bytes: Size of the file.
         source_hash: First 4 bytes of its SHA-256.
+        jpeg: The file, where it is a JPEG that every decoder turns into these pixels; None elsewhere.
     """
 
     pixels: NDArray[np.uint8]
     source_bytes: int
     source_hash: bytes
+    jpeg: bytes | None = None
 
 
 def read_bytes(image: Path | bytes | ByteRange) -> bytes:
@@ -65,6 +68,8 @@ def read_image(image: Path | bytes | ByteRange) -> SourceImage:
     try:
         with _open(io.BytesIO(data)) as opened:
             opened.load()
+            upright = opened.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
+            kept = upright and opened.format == "JPEG" and opened.mode in ("L", "RGB") and _is_plain(data)
             pixels = _rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
         raise ConvertError("not a picture that Pillow can identify") from None
@@ -75,7 +80,16 @@ def read_image(image: Path | bytes | ByteRange) -> SourceImage:
     height, width = pixels.shape[:2]
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ConvertError(f"expected 1 to {MAX_SIDE} pixels a side, got {width}x{height}")
-    return SourceImage(pixels, len(data), hash_of(data))
+    return SourceImage(pixels, len(data), hash_of(data), data if kept else None)
+
+
+def _is_plain(file: bytes) -> bool:
+    """Whether a bundle may hold this JPEG."""
+    try:
+        read_header(file)
+    except ValueError:
+        return False
+    return True
 
 
 def _open(file: io.BytesIO) -> Image.Image:

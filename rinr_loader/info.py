@@ -15,8 +15,10 @@ from PIL import Image
 from rinr_loader.dataset import RinrDataset, load_metadata
 from rinr_loader.errors import ConfigError
 from rinr_loader.pictures import decode_pictures
+from rinr_loader.shared import listed
 from rinr_loader.sheet import Cell, draw_sheet
 from rinr_loader.source import SPLITS
+from rinr_loader.specs import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,23 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class FamilyInfo:
+    """Samples of one family, and the bytes of their bundles."""
+
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ByteInfo:
     """Where the bytes of the whole dataset are; the parts add up to `total`.
 
     Args:
-        background, residual: Weights, biases and scales of the networks.
+        background, residual: Weights, biases and scales of the networks; of a `jpeg` its file, of a `tile` its stream, all counted as background.
         header: Headers, tables and padding of the bundles.
         tar: What tars add: their own headers and padding, and other members such as `KEY.json`.
         index: The indexes.
+        shared: Shared parameters.
         other: `dataset.json`, `data.yaml` and `report.json`.
         total: All files.
         source: The picture files it was made from.
@@ -66,6 +77,7 @@ class ByteInfo:
     header: int
     tar: int
     index: int
+    shared: int
     other: int
     total: int
     source: int
@@ -83,7 +95,10 @@ class WorstPicture:
 
 @dataclass(frozen=True)
 class Info:
-    """All of it. `groups` counts networks by shape, `classes` objects (or pictures, of a classification set) by class name."""
+    """All of it.
+
+    `families` counts samples by family, `groups` networks by shape, `classes` objects (or pictures, of a classification set) by class name.
+    """
 
     path: str
     task: str
@@ -94,6 +109,7 @@ class Info:
     bytes: ByteInfo
     psnr: Quality
     object_psnr: Quality
+    families: dict[str, FamilyInfo]
     groups: dict[str, int]
     classes: dict[str, int]
     worst: tuple[WorstPicture, ...]
@@ -128,6 +144,7 @@ def describe(path: str | Path, *, worst: int = 10) -> Info:
         bytes=_bytes(root, metadata, datasets),
         psnr=_quality(datasets, "psnr"),
         object_psnr=_quality(datasets, "object_psnr"),
+        families=_families(datasets),
         groups=dict(sorted(metadata["groups"].items())),
         classes=_classes(metadata, datasets),
         worst=tuple(_worst(datasets, worst)),
@@ -160,6 +177,7 @@ def _bytes(root: Path, metadata: dict[str, Any], datasets: Sequence[RinrDataset]
     background, residual = sum(i.background_bytes for i in indexes), sum(i.residual_bytes for i in indexes)
     bundles = sum(int(index.size.sum()) for index in indexes)
     shards, beside = sum(row["bytes"] for row in rows), sum(row["index_bytes"] for row in rows)
+    shared = sum(listed(metadata).values())
     other = sum(path.stat().st_size for name in ("dataset.json", "data.yaml", "report.json") if (path := root / name).is_file())
     return ByteInfo(
         background=background,
@@ -167,10 +185,23 @@ def _bytes(root: Path, metadata: dict[str, Any], datasets: Sequence[RinrDataset]
         header=bundles - background - residual,
         tar=shards - bundles,
         index=beside,
+        shared=shared,
         other=other,
-        total=shards + beside + other,
+        total=shards + beside + shared + other,
         source=int(metadata["source"].get("bytes", 0)),
     )
+
+
+def _families(datasets: Sequence[RinrDataset]) -> dict[str, FamilyInfo]:
+    """Families that are there, in the order of their numbers."""
+    samples: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for _, index in (shard for dataset in datasets for shard in dataset.shards):
+        first = index.network_group[index.network_start[:-1]]
+        for group, spec in enumerate(index.groups):
+            samples[spec.family] += int((first == group).sum())
+            sizes[spec.family] += int(index.size[first == group].sum())
+    return {family: FamilyInfo(samples[family], sizes[family]) for family in FAMILIES if samples[family]}
 
 
 def _classes(metadata: dict[str, Any], datasets: Sequence[RinrDataset]) -> dict[str, int]:

@@ -26,6 +26,7 @@ class Picture:
         label: Class id of the picture, or -1.
         source_hash: See `SourceImage`.
         blind: Encode without looking at the boxes, one step further up the ladder: for val and test.
+        original: The JPEG file whose pixels these are, None where there is none.
     """
 
     pixels: NDArray[np.uint8]
@@ -36,6 +37,7 @@ class Picture:
     label: int = -1
     source_hash: bytes = bytes(4)
     blind: bool = False
+    original: bytes | None = None
 
     @property
     def stored_boxes(self) -> NDArray[np.float64]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from rinr_loader.bundle import Dtype, Kind, NetworkSpec
+from rinr_loader.errors import ConfigError
 from rinr_loader.fit import Schedule
+from rinr_loader.specs import Family
 
 Mode = Literal["qre", "re", "de", "be", "bs"]
 PresetName = Literal["paper", "fast", "balanced", "best"]
@@ -63,6 +65,8 @@ PRESETS: dict[PresetName, Preset] = {
 class Settings:
     """What decides the bytes of a bundle, besides the picture and its boxes.
 
+    A family has a meaning for some of them only, see `UNDERSTOOD`; the others keep their defaults.
+
     Args:
         preset: Name of the shapes and schedules.
         mode: What is stored, as in Residual-INR's table: `qre` int8 background and 16-bit residuals, `re` both in 16 bits, `de` objects as
@@ -72,6 +76,11 @@ class Settings:
             which runs every step.
         seed: Of all randomness.
         half: Fit with float16 matrix products (CUDA only).
+        family: What pictures are stored as.
+        refine: Steps in which latents are refined.
+        max_bytes: Bytes of a bundle at most.
+        layers: Layers of the synthesis, 1 or 2.
+        dictionary: SHA-256, in hexadecimal, of the file of shared parameters.
     """
 
     preset: PresetName = "balanced"
@@ -80,6 +89,15 @@ class Settings:
     object_psnr: float | None = None
     seed: int = 0
     half: bool = False
+    family: Family = "siren"
+    refine: int = 0
+    max_bytes: int | None = None
+    layers: int = 2
+    dictionary: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that the family understands, as stored in `dataset.json`."""
+        return {"family": self.family, **{name: getattr(self, name) for name in UNDERSTOOD[self.family]}}
 
     @property
     def has_residuals(self) -> bool:
@@ -118,6 +136,41 @@ class Settings:
         schedule = PRESETS[self.preset].residual
         # Deep residuals are those of large boxes: more pixels a step, or they idle through a short fit.
         return _for_shape(replace(schedule, pixels=schedule.pixels * 2 ** max(0, spec.depth - 3)), spec)
+
+
+# Settings that each family has a meaning for, besides `family`.
+UNDERSTOOD: dict[Family, tuple[str, ...]] = {
+    "siren": ("preset", "mode", "target_psnr", "object_psnr", "seed", "half"),
+    "tile": ("mode", "target_psnr", "object_psnr", "seed", "refine", "max_bytes", "layers", "dictionary"),
+    "jpeg": ("target_psnr", "object_psnr", "seed", "max_bytes"),  # a seed without randomness does no harm
+}
+MODES: dict[Family, tuple[Mode, ...]] = {"siren": ("qre", "re", "de", "be", "bs"), "tile": ("qre", "be"), "jpeg": ("qre",)}
+
+
+def check_settings(settings: Settings) -> None:
+    """Check that settings fit their family.
+
+    Raises:
+        ConfigError: One has no meaning for it, or is out of its range.
+    """
+    family = settings.family
+    if family not in UNDERSTOOD:
+        raise ConfigError(f"family: expected one of {', '.join(UNDERSTOOD)}, got {family!r}")
+    defaults = Settings()
+    for field in fields(Settings):
+        value = getattr(settings, field.name)
+        if field.name not in ("family", *UNDERSTOOD[family]) and value != getattr(defaults, field.name):
+            raise ConfigError(f"{field.name}: expected none for family {family}, got {value!r}; leave it out, or choose another family")
+    if settings.mode not in MODES[family]:
+        raise ConfigError(f"mode: expected one of {', '.join(MODES[family])} for family {family}, got {settings.mode!r}; choose one of these")
+    ranges = (
+        ("refine", "0 steps or more", settings.refine >= 0),
+        ("max_bytes", "at least 1", settings.max_bytes is None or settings.max_bytes >= 1),
+        ("layers", "1 or 2", settings.layers in (1, 2)),
+    )
+    for name, expected, good in ranges:
+        if not good:
+            raise ConfigError(f"{name}: expected {expected}, got {getattr(settings, name)}")
 
 
 def _for_shape(schedule: Schedule, spec: NetworkSpec) -> Schedule:

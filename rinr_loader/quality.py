@@ -12,6 +12,7 @@ from PIL import Image
 
 IDENTICAL = 99.0  # what a picture without any error counts as
 Pixels = NDArray[np.uint8]
+_ROWS = 1 << 20  # pixels that are compared at a time
 
 
 def psnr(decoded: Pixels, source: Pixels, mask: NDArray[np.bool_] | None = None) -> float:
@@ -24,12 +25,17 @@ def psnr(decoded: Pixels, source: Pixels, mask: NDArray[np.bool_] | None = None)
     Returns:
         dB; 99 for equal pictures, NaN where no pixel counts.
     """
-    wrong = (decoded.astype(np.int32) - source.astype(np.int32)) ** 2
-    if mask is not None:
-        wrong = wrong[mask]
-    if not wrong.size:
+    total = count = 0
+    rows = max(1, _ROWS // max(1, decoded.shape[1]))
+    for top in range(0, len(decoded), rows):  # a large picture as integers of 4 bytes would take many times its own memory
+        part = slice(top, top + rows)
+        wrong = (decoded[part].astype(np.int32) - source[part].astype(np.int32)) ** 2
+        if mask is not None:
+            wrong = wrong[mask[part]]
+        total, count = total + int(wrong.sum(dtype=np.int64)), count + wrong.size
+    if not count:
         return math.nan
-    mean = float(wrong.mean())
+    mean = total / count
     return IDENTICAL if mean == 0 else min(IDENTICAL, 10 * math.log10(255**2 / mean))
 
 
@@ -41,11 +47,22 @@ def box_mask(boxes: NDArray[np.floating], height: int, width: int) -> NDArray[np
     return mask
 
 
+def jpeg(pixels: Pixels, quality: int, *, full_colour: bool = False) -> bytes:
+    """A picture as an optimized JPEG.
+
+    Args:
+        pixels: RGB, uint8, `(H, W, 3)`; or gray, `(H, W)`.
+        quality: 1 to 100.
+        full_colour: Store colour at full resolution (4:4:4), and not at half (4:2:0).
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True, subsampling=0 if full_colour or pixels.ndim == 2 else 2)
+    return buffer.getvalue()
+
+
 def jpeg_bytes(pixels: Pixels, quality: int) -> int:
     """Size of a picture as an optimized JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
-    return buffer.tell()
+    return len(jpeg(pixels, quality))
 
 
 def mean_of(columns: Sequence[NDArray[np.float32]]) -> float | None:

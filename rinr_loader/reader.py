@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rinr_loader.bundle import SHARED_AT, JpegSpec, Spec, check_bytes
+from rinr_loader.dictionary import Dictionary
 from rinr_loader.errors import ShardError, StorageError
 from rinr_loader.index import Row, ShardIndex, build_index, decode_key, row_of
 from rinr_loader.specs import rank
@@ -63,7 +64,7 @@ class ShardBuffer:
     scale: Tensor
     feather: Tensor
     shared_hash: tuple[bytes, ...]
-    shared: Mapping[bytes, Any] = field(default_factory=dict)
+    shared: Mapping[bytes, Dictionary] = field(default_factory=dict)
     host: Tensor | None = None
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class ShardBuffer:
 
 
 def read_samples(
-    shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.int64], sample: NDArray[np.int64], shared: Mapping[bytes, Any] | None = None
+    shards: Sequence[tuple[Path, ShardIndex]], shard: NDArray[np.int64], sample: NDArray[np.int64], shared: Mapping[bytes, Dictionary] | None = None
 ) -> ShardBuffer:
     """Read chosen samples, in the order given, fetching only their byte ranges.
 
@@ -127,7 +128,7 @@ def read_samples(
     return _collect(parts, bases, data, shared)
 
 
-def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None, shared: Mapping[bytes, Any] | None = None) -> ShardBuffer:
+def buffer_of(bundles: Sequence[bytes], keys: Sequence[str] | None = None, shared: Mapping[bytes, Dictionary] | None = None) -> ShardBuffer:
     """A buffer of bundles that are already in memory.
 
     Args:
@@ -187,7 +188,7 @@ def _collect(
     parts: Sequence[tuple[ShardIndex, NDArray[np.int64], NDArray[np.int64]]],
     bases: NDArray[np.int64],
     data: Tensor,
-    shared: Mapping[bytes, Any] | None,
+    shared: Mapping[bytes, Dictionary] | None,
 ) -> ShardBuffer:
     """Columns of the samples in the order asked for. Each part is (index, places in the result, places in the shard)."""
     if not parts:

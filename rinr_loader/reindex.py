@@ -9,6 +9,7 @@ from typing import Any
 from rinr_loader.dataset import DATASET, load_metadata
 from rinr_loader.errors import ConfigError
 from rinr_loader.index import ShardIndex, index_shard
+from rinr_loader.shared import find_shared
 from rinr_loader.source import SPLITS
 from rinr_loader.writer import data_yaml, describe_dataset, describe_shard, dump_json, write_bytes, write_index
 
@@ -25,7 +26,8 @@ class Reindexed:
 def reindex(path: str | Path) -> Reindexed:
     """Make every index again from the shard beside it.
 
-    Shards that are gone are forgotten with their indexes, new ones are taken in. Nothing is written before every shard has been read and found sound.
+    Shards that are gone are forgotten with their indexes, new ones are taken in; so are files of shared parameters. Nothing is written before
+    every shard has been read and found sound.
 
     Args:
         path: The directory that `rinr convert` wrote, or its data.yaml.
@@ -33,13 +35,14 @@ def reindex(path: str | Path) -> Reindexed:
     Raises:
         BundleError: A bundle is damaged.
         ConfigError: There is no dataset, or it has no shards left.
-        ShardError: A shard is not a tar, is cut off, or holds a key twice.
+        ShardError: A shard is not a tar, is cut off, or holds a key twice; or a file of shared parameters is damaged.
         StorageError: The indexes cannot be written.
     """
     root, metadata = load_metadata(path)
     shards = [(split, shard) for split in SPLITS for shard in sorted((root / split).glob("*.tar"))]
     if not shards:
         raise ConfigError(f"{root}: expected shards, got none; fetch or convert the dataset again")
+    shared = find_shared(root)
     for _, shard in shards:
         index_shard(shard)
     for split in SPLITS:
@@ -56,6 +59,7 @@ def reindex(path: str | Path) -> Reindexed:
             changed.append(beside.relative_to(root).as_posix())
         splits.setdefault(split, []).append((describe_shard(root, shard, index), index))
     write_bytes(root / "data.yaml", data_yaml(splits, metadata["names"]))
-    described = describe_dataset(splits, names=metadata["names"], codec=metadata.get("codec", {}), source=metadata.get("source", {}))
+    codec, source = metadata.get("codec", {}), metadata.get("source", {})
+    described = describe_dataset(splits, names=metadata["names"], codec=codec, source=source, shared=shared)
     write_bytes(root / DATASET, dump_json(described))
     return Reindexed(len(shards), sum(len(index) for rows in splits.values() for _, index in rows), tuple(changed))

@@ -12,7 +12,7 @@ from rinr_loader.compare import Comparison
 from rinr_loader.console import bytes_text, psnr_text, result, result_json, result_table, tell, time_text, warn
 from rinr_loader.convert import REPORT, Estimate, Report
 from rinr_loader.info import Info, Quality
-from rinr_loader.source import SPLITS
+from rinr_loader.source import SPLITS, Problem
 from rinr_loader.verify import Verification
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     """Tell what a conversion wrote and what it left out."""
     if report.problems:
         warn(f"{len(report.problems)} problem(s), all of them in {report.dest / REPORT}:")
-        for problem in report.problems[:TOLD]:
-            tell(f"  {problem.subject}: {problem.reason}")
-        if len(report.problems) > TOLD:
-            tell(f"  and {len(report.problems) - TOLD} more")
+        _tell_first(report.problems)
+    if report.missed:
+        warn(f"{len(report.missed)} target(s) missed, all of them in {report.dest / REPORT}:")
+        _tell_first(report.missed)
     if as_json:
         result_json(asdict(report))
         return
@@ -44,6 +44,13 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     _warn_of_blurred_objects(report)
     if report.dropped_boxes:
         result("  boxes left out  " + ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped_boxes.items())))
+
+
+def _tell_first(problems: Sequence[Problem]) -> None:
+    for problem in problems[:TOLD]:
+        tell(f"  {problem.subject}: {problem.reason}")
+    if len(problems) > TOLD:
+        tell(f"  and {len(problems) - TOLD} more")
 
 
 def _warn_of_blurred_objects(report: Report) -> None:
@@ -77,9 +84,8 @@ def info_report(info: Info, compared: Sequence[Comparison], *, sheet: Path | Non
         about = {**asdict(info), "jpeg": [asdict(comparison) for comparison in compared], "sheet": sheet}
         result_json(about)
         return
-    settings = ", ".join(
-        f"{name} {info.codec[name]}" for name in ("family", "preset", "mode", "size", "target_psnr", "object_psnr") if info.codec.get(name)
-    )
+    names = ("family", "preset", "mode", "size", "target_psnr", "object_psnr", "max_bytes", "refine", "layers")
+    settings = ", ".join(f"{name} {info.codec[name]}" for name in names if info.codec.get(name))
     result(f"{info.path}: {info.samples} samples, task {info.task}, {len(info.names)} classes; {settings}")
     result("")
     rows = [
@@ -100,6 +106,9 @@ def info_report(info: Info, compared: Sequence[Comparison], *, sheet: Path | Non
         rates = [(r.name, bytes_text(r.bytes), psnr_text(r.psnr), psnr_text(r.object_psnr)) for r in comparison.rates]
         result_table(("", "a sample", "PSNR", "objects' PSNR"), rates)
     result("")
+    families = [(name, str(found.samples), bytes_text(found.bytes / found.samples)) for name, found in info.families.items()]
+    result_table(("family", "samples", "a bundle"), families)
+    result("")
     result_table(("network", "count"), [(name, str(count)) for name, count in info.groups.items()])
     _class_table(info)
     if info.worst:
@@ -116,7 +125,7 @@ def _quality(quality: Quality) -> tuple[str, str]:
 
 def _byte_rows(info: Info) -> list[tuple[str, str, str, str]]:
     parts = asdict(info.bytes)
-    names = ("background", "residual", "header", "tar", "index", "other", "total")
+    names = ("background", "residual", "header", "tar", "index", "shared", "other", "total")
     return [(name, bytes_text(parts[name] / info.samples), bytes_text(parts[name]), f"{parts[name] / info.bytes.total:.1%}") for name in names]
 
 

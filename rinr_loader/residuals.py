@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rinr_loader.bundle import Network, NetworkSpec
 from rinr_loader.codecs import siren
-from rinr_loader.decode import feather
 from rinr_loader.fit import CHUNK, Task, psnr_of
 from rinr_loader.lanes import Lanes
 from rinr_loader.picture import Picture, Rect, normalised, pixel_centres
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask
+from rinr_loader.view import feather
 
 FEATHER = 4  # stored pixels
 MARGIN = 5  # stored pixels at least between a label box and its residual's edge: above FEATHER, so that the box has full weight

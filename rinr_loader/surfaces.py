@@ -113,7 +113,7 @@ def paint(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], 
     canvas, shown = pixels.view(-1, *size, 3), covered.view(-1, *size)
     stored = buffer.stored_size.tolist()
     specs = [type(buffer.groups[group]) for group in buffer.network_group[buffer.network_start[:-1]].tolist()]
-    for family, make in SURFACES.items():
+    for family in dict.fromkeys(specs[one.sample] for one in placed):
         # sample -> k -> its placements
         mine: dict[int, dict[int, list[_Placed]]] = {}
         for one in placed:
@@ -122,7 +122,7 @@ def paint(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], 
         areas = [sum(math.prod(-(-side // k) for side in stored[sample]) for k in by_reduction) for sample, by_reduction in mine.items()]
         for chunk in _chunks(areas, PIXELS[_kind(buffer.device)]):
             wanted = [(sample, k) for sample in [list(mine)[i] for i in chunk] for k in mine[sample]]
-            surfaces = make(buffer, [sample for sample, _ in wanted], [k for _, k in wanted])
+            surfaces = SURFACES[family](buffer, [sample for sample, _ in wanted], [k for _, k in wanted])
             for (sample, k), surface in zip(wanted, surfaces, strict=True):
                 for one in mine[sample][k]:
                     _draw(one, surface, canvas[one.output], shown[one.output])

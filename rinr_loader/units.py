@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 
 from rinr_loader.annotations import annotate, sidecar
-from rinr_loader.bundle import VERSION, parse
+from rinr_loader.bundle import VERSION, Bundle, parse
 from rinr_loader.encode import encode_unit
 from rinr_loader.errors import ConvertError
 from rinr_loader.image import fit_inside, hash_of, read_bytes, read_image
@@ -25,6 +26,7 @@ from rinr_loader.source import SPLITS, Problem, Sample, Source
 from rinr_loader.writer import dump_json, member, write_bytes, write_tar
 
 UNIT = 64  # samples that are fitted together
+MISSED = 0.05  # dB by which a target may be missed without a word: a fit is judged on a part of its pixels
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Job:
         shard_samples: Samples in a shard.
         val_residuals: Encode val and test with residuals, as train; by default they are encoded blind to their labels.
         device: Where to fit, `cpu` or `cuda`.
+        shared: Files of shared parameters that bundles name, by their SHA-256 in hexadecimal; `settings.dictionary` says which one.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -44,11 +47,14 @@ class Job:
     shard_samples: int = 1024
     val_residuals: bool = False
     device: str = "cpu"
+    shared: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def describe(self) -> dict[str, Any]:
         """As stored in `dataset.json`."""
         build = {"torch": torch.__version__, "device": torch.device(self.device).type, "format": VERSION}
-        return {"family": "siren", **dataclasses.asdict(self.settings), **_but_settings(self), **build}
+        if self.settings.family != "siren":  # its JPEGs are Pillow's
+            build["pillow"] = PIL.__version__
+        return {**self.settings.describe(), **_but_settings(self), **build}
 
 
 def _but_settings(job: Job) -> dict[str, Any]:
@@ -79,6 +85,7 @@ class UnitReport:
     source_bytes: int
     psnr: list[float]
     object_psnr: list[float]
+    missed: list[list[str]] = field(default_factory=list)  # what was stored below its target
 
 
 def plan_units(samples: Sequence[Sample], shard_samples: int) -> list[Unit]:
@@ -150,6 +157,7 @@ def encode_samples(
     """
     pictures: list[Picture] = []
     read: list[tuple[str, dict[str, object]]] = []
+    subjects: list[str] = []
     problems: list[list[str]] = []
     dropped: Counter[str] = Counter()
     hashes, source_bytes = [], 0
@@ -167,10 +175,12 @@ def encode_samples(
         source_bytes += image.source_bytes
         dropped.update(annotations.dropped)
         problems += [[subject, f"{count} box(es) {reason}"] for reason, count in sorted(annotations.dropped.items())]
+        subjects.append(subject)
         read.append((encode_key(sample.key), sidecar(sample, annotations)))
+        pixels = fit_inside(image.pixels, job.size)
         pictures.append(
             Picture(
-                pixels=fit_inside(image.pixels, job.size),
+                pixels=pixels,
                 source_size=(height, width),
                 boxes=annotations.boxes,
                 classes=annotations.classes,
@@ -178,17 +188,23 @@ def encode_samples(
                 label=sample.label,
                 source_hash=image.source_hash,
                 blind=sample.split != "train" and not job.val_residuals,
+                original=image.jpeg if pixels is image.pixels else None,
             )
         )
     if strict and problems:
         raise strict_error(Problem(*problems[0]))
-    bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background)
+    bundles = encode_unit(pictures, job.settings, unit=unit.name, device=job.device, threads=threads, on_background=on_background, shared=job.shared)
     members: list[tuple[str, bytes]] = []
     for (key, extra), bundle in zip(read, bundles, strict=True):
         members.append((key + SUFFIX, bundle))
         if extra:
             members.append((f"{key}.json", json.dumps(extra, sort_keys=True).encode()))
     parsed = [parse(bundle) for bundle in bundles]
+    missed = [
+        [subject, reason]
+        for subject, picture, bundle, data in zip(subjects, pictures, parsed, bundles, strict=True)
+        for reason in _missed(picture, bundle, len(data), job.settings)
+    ]
     report = UnitReport(
         print=_print(unit),
         hashes=hashes,
@@ -199,8 +215,22 @@ def encode_samples(
         source_bytes=source_bytes,
         psnr=[b.psnr for b in parsed if b.psnr is not None],
         object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
+        missed=missed,
     )
     return report, members
+
+
+def _missed(picture: Picture, bundle: Bundle, size: int, settings: Settings) -> list[str]:
+    """Which of the targets that were asked for a picture has missed."""
+    reasons = []
+    if settings.target_psnr is not None and bundle.psnr is not None and bundle.psnr < settings.target_psnr - MISSED:
+        reasons.append(f"stored at {bundle.psnr:.1f} dB, below the target of {settings.target_psnr:g} dB")
+    wanted, found = None if picture.blind else settings.object_psnr, bundle.object_psnr
+    if wanted is not None and found is not None and found < wanted - MISSED:
+        reasons.append(f"its objects stored at {found:.1f} dB, below the target of {wanted:g} dB")
+    if settings.max_bytes is not None and size > settings.max_bytes:
+        reasons.append(f"stored in {size} bytes, above the limit of {settings.max_bytes}")
+    return reasons
 
 
 def strict_error(problem: Problem) -> ConvertError:

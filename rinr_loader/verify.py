@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 
 from rinr_loader.dataset import DATASET, load_metadata
 from rinr_loader.decode import decode, whole
+from rinr_loader.dictionary import Dictionary
 from rinr_loader.errors import ConfigError, RinrError
+from rinr_loader.geometry import Placements
 from rinr_loader.index import SUFFIX, ShardIndex, dump_index, index_shard, load_index
-from rinr_loader.reader import read_samples
+from rinr_loader.reader import ShardBuffer, read_samples
+from rinr_loader.shared import FOLDER, listed, load_shared, path_of
 from rinr_loader.source import SPLITS
 from rinr_loader.writer import data_yaml, hash_file
 
@@ -54,6 +57,7 @@ class _Found:
     objects: Counter[str] = field(default_factory=Counter)
     groups: Counter[str] = field(default_factory=Counter)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
+    shared: dict[bytes, Dictionary] = field(default_factory=dict)
     bytes: int = 0
 
     def wrong(self, subject: object, expected: object, found: object, advice: str = AGAIN) -> None:
@@ -77,6 +81,7 @@ def verify(path: str | Path, *, device: torch.device | str = "cpu", on_progress:
     try:
         root, metadata = load_metadata(path)
         found = _Found(root, metadata["names"], torch.device(device))
+        _check_shared(found, metadata)
         rows: list[tuple[str, dict[str, Any]]] = [(split, row) for split, table in metadata["splits"].items() for row in table["shards"]]
     except ConfigError as error:
         if not (root / DATASET).is_file():
@@ -100,6 +105,26 @@ def verify(path: str | Path, *, device: torch.device | str = "cpu", on_progress:
 
 def _files(root: Path, suffix: str) -> list[Path]:
     return [file for split in SPLITS for file in sorted((root / split).glob(f"*{suffix}"))]
+
+
+def _check_shared(found: _Found, metadata: Mapping[str, Any]) -> None:
+    """Check the files of shared parameters, and load those that are sound."""
+    named = {path_of(found.root, sha256): (sha256, size) for sha256, size in listed(metadata).items()}
+    for path in sorted({*named, *(found.root / FOLDER).glob("*")}):
+        name = path.relative_to(found.root).as_posix()
+        if path not in named:
+            found.wrong(name, f"only the shared parameters of {DATASET}", "another file", "move it away, or list it with `rinr index`")
+            continue
+        sha256, size = named[path]
+        if path.is_file():
+            found.bytes += path.stat().st_size
+        try:
+            found.shared |= load_shared(found.root, {"shared": {sha256: size}})
+        except RinrError as error:
+            found.damage.append(str(error))
+        else:
+            if path.stat().st_size != size:
+                found.wrong(name, f"{size} bytes", path.stat().st_size, INDEX)
 
 
 def _check_shard(found: _Found, split: str, row: Mapping[str, Any]) -> None:
@@ -163,11 +188,28 @@ def _check_samples(found: _Found, split: str, shard: Path, index: ShardIndex) ->
             found.wrong(place, f"a {what} below {len(found.names)}", int(column.max()))
     for first in range(0, len(index), AT_ONCE):
         some = np.arange(first, min(first + AT_ONCE, len(index)))
-        buffer = read_samples([(shard, index)], np.zeros(len(some), np.int64), some).to(found.device)
-        images = decode(buffer, whole(buffer, DECODED), size=DECODED, antialias=False, dtype=torch.float32)
-        bad = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-        for i in bad:
+        buffer = read_samples([(shard, index)], np.zeros(len(some), np.int64), some, found.shared).to(found.device)
+        try:
+            finite = _are_finite(buffer, whole(buffer, DECODED))
+        except RinrError:  # one by one, to tell of each
+            finite = []
+            for i in range(len(buffer)):
+                try:
+                    finite += _are_finite(buffer, whole(buffer, DECODED).select(torch.tensor([i], device=found.device)))
+                except RinrError as error:
+                    found.damage.append(f"{place}:{error}")
+                    finite.append(True)
+        for i in [i for i, good in enumerate(finite) if not good]:
             found.wrong(f"{place}:{index.keys_at([first + i])[0]}{SUFFIX}", "a picture", "values that are not finite", "convert it again")
+
+
+def _are_finite(buffer: ShardBuffer, placed: Placements) -> list[bool]:
+    """Decode samples, each to an image of its own, and say which have finite values only."""
+    images = decode(
+        buffer, replace(placed, output=torch.arange(len(placed), device=buffer.device)), size=DECODED, antialias=False, dtype=torch.float32
+    )
+    finite: list[bool] = images.isfinite().flatten(1).all(1).tolist()
+    return finite
 
 
 def _check_index(found: _Found, row: Mapping[str, Any], rebuilt: ShardIndex | None, shard_bytes: int) -> None:

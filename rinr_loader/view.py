@@ -88,3 +88,24 @@ def inside(points: Tensor, rect: Tensor) -> Tensor:
     """Which points (K, 2, P) lie in rectangles x0 y0 x1 y1 (K, 4): bool (K, P)."""
     low, high = rect[:, :2, None], rect[:, 2:, None]
     return ((points >= low) & (points < high)).all(1)
+
+
+def feather(points: Tensor, rect: Tensor, width: Tensor, stored_size: Tensor) -> Tensor:
+    """Weight of a residual at points: 1 inside, 0 outside, a ramp of `width` pixels at each edge that is not the picture's own.
+
+    Args:
+        points: x and y in stored pixels, `(K, 2, P)`.
+        rect: x0 y0 x1 y1 of each residual, `(K, 4)`.
+        width: In stored pixels, `(K,)`; 0 for a hard edge.
+        stored_size: Height and width of each picture, `(K, 2)`.
+
+    Returns:
+        Weights in [0, 1], `(K, P)`.
+    """
+    low, high = points - rect[:, :2, None], rect[:, 2:, None] - points  # [K, 2, P] distance to the edges
+    ramp = width[:, None, None]
+    hard = width[:, None, None] <= 0
+    at_low, at_high = hard | (rect[:, :2, None] <= 0), hard | (rect[:, 2:, None] >= stored_size.flip(1)[:, :, None])
+    low_weight = torch.where(at_low, (low >= 0).float(), (low / ramp).clamp(0, 1))
+    high_weight = torch.where(at_high, (high > 0).float(), (high / ramp).clamp(0, 1))
+    return torch.minimum(low_weight, high_weight).amin(1)

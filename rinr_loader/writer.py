@@ -137,7 +137,12 @@ def describe_shard(root: Path, shard: Path, index: ShardIndex) -> dict[str, Any]
 
 
 def describe_dataset(
-    splits: Mapping[str, Sequence[tuple[dict[str, Any], ShardIndex]]], *, names: Sequence[str], codec: Mapping[str, Any], source: Mapping[str, Any]
+    splits: Mapping[str, Sequence[tuple[dict[str, Any], ShardIndex]]],
+    *,
+    names: Sequence[str],
+    codec: Mapping[str, Any],
+    source: Mapping[str, Any],
+    shared: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """`dataset.json`: what a reader needs before it opens a shard. No times, no host names."""
     groups: Counter[str] = Counter()
@@ -160,7 +165,7 @@ def describe_dataset(
         "groups": dict(groups),
         "codec": dict(codec),
         "source": dict(source),
-        "shared": [],
+        "shared": dict(shared or {}),
     }
 
 

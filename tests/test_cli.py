@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from rinr_loader import __version__, cli, presets
 from rinr_loader.bundle import parse
 from rinr_loader.convert import Job
+from rinr_loader.specs import FAMILIES
 from rinr_loader.writer import read_tar
 
 
@@ -91,10 +92,14 @@ def test_version_and_help() -> None:
 def test_choices_are_those_of_the_core() -> None:
     hints = get_type_hints(cli.convert_command, include_extras=False)
     defaults = {name: parameter.default for name, parameter in inspect.signature(cli.convert_command).parameters.items()}
-    assert set(get_args(hints["preset"])) == set(get_args(presets.PresetName)) == set(presets.PRESETS)
-    assert set(get_args(hints["mode"])) == set(get_args(presets.Mode))
+    preset, mode = (set(get_args(get_args(hints[name])[0])) for name in ("preset", "mode"))
+    assert preset == set(get_args(presets.PresetName)) == set(presets.PRESETS)
+    assert mode == set(get_args(presets.Mode)) == {mode for modes in presets.MODES.values() for mode in modes}
+    assert set(get_args(hints["family"])) == set(FAMILIES) == set(presets.UNDERSTOOD) == set(presets.MODES)
     settings, job = presets.Settings(), Job()
-    assert (defaults["preset"], defaults["mode"], defaults["seed"]) == (settings.preset, settings.mode, settings.seed)
+    assert (defaults["family"], defaults["seed"]) == (settings.family, settings.seed)
+    optional = ("preset", "mode", "target_psnr", "object_psnr", "max_bytes", "refine", "layers")
+    assert {defaults[name] for name in optional} == {None}, "what is not given is left to the settings"
     assert (defaults["shard_samples"], defaults["val_residuals"], defaults["size"]) == (job.shard_samples, job.val_residuals, job.size)
 
 
@@ -105,7 +110,25 @@ USAGE: dict[str, tuple[Sequence[str], str]] = {
     "no DEST": (("convert", "a"), "DEST"),
     "preset": (("convert", "a", "b", "--preset", "slow"), "--preset"),
     "mode": (("convert", "a", "b", "--mode", "xx"), "--mode"),
-    "codec": (("convert", "a", "b", "--codec", "tile"), "--codec"),
+    "family": (("convert", "a", "b", "--family", "webp"), "--family"),
+    "a preset of a family without": (
+        ("convert", "a", "b", "--family", "jpeg", "--preset", "balanced"),
+        "--preset: is of family siren, and not of jpeg; leave it out, or choose --family siren",
+    ),
+    "a mode of a family without": (
+        ("convert", "a", "b", "--family", "jpeg", "--mode", "qre"),
+        "--mode: is of family siren and tile, and not of jpeg",
+    ),
+    "a mode of another family": (
+        ("convert", "a", "b", "--family", "tile", "--mode", "de"),
+        "mode: expected one of qre, be for family tile, got 'de'",
+    ),
+    "refining a sine network": (("convert", "a", "b", "--refine", "100"), "--refine: is of family tile, and not of siren"),
+    "layers of a JPEG": (("convert", "a", "b", "--family", "jpeg", "--layers", "2"), "--layers: is of family tile, and not of jpeg"),
+    "bytes of a sine network": (("convert", "a", "b", "--max-bytes", "9000"), "--max-bytes: is of family tile and jpeg, and not of siren"),
+    "no bytes": (("convert", "a", "b", "--family", "jpeg", "--max-bytes", "0"), "--max-bytes"),
+    "three layers": (("convert", "a", "b", "--family", "tile", "--layers", "3"), "--layers"),
+    "refining backwards": (("convert", "a", "b", "--family", "tile", "--refine", "-1"), "--refine"),
     "source format": (("convert", "a", "b", "--source-format", "mnist"), "expected one of dac_sdc, yolo"),
     "size": (("convert", "a", "b", "--size", "640"), "expected WIDTHxHEIGHT in pixels, such as 640x360, got '640'"),
     "no size": (("convert", "a", "b", "--size", "0x4"), "WIDTHxHEIGHT"),
@@ -162,12 +185,23 @@ def test_convert_tells_what_it_did(source: Path, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_conversion(source: Path, tmp_path: Path) -> None:
-    options = "--source-format yolo --codec siren --preset best --mode re --size 16x100 --target-psnr 20 --object-psnr 21 --shard-samples 2 --limit 3"
+    options = (
+        "--source-format yolo --family siren --preset best --mode re --size 16x100 --target-psnr 20 --object-psnr 21 --shard-samples 2 --limit 3"
+    )
     report = json.loads(done(convert(source, tmp_path / "shards", *options.split(), "--seed", 7, "--val-residuals", "--workers", 1, "--json")))
     assert report["samples"] == {"train": 3, "val": 2}
     assert report["dest"] == str(tmp_path / "shards")
     about = described(tmp_path / "shards")
-    wanted = {"preset": "best", "mode": "re", "size": [16, 100], "target_psnr": 20, "object_psnr": 21, "shard_samples": 2, "seed": 7}
+    wanted = {
+        "family": "siren",
+        "preset": "best",
+        "mode": "re",
+        "size": [16, 100],
+        "target_psnr": 20,
+        "object_psnr": 21,
+        "shard_samples": 2,
+        "seed": 7,
+    }
     assert {name: about["codec"][name] for name in wanted} == wanted
     assert about["codec"]["val_residuals"]
     assert len(about["splits"]["train"]["shards"]) == 2

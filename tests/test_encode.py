@@ -18,12 +18,13 @@ from networks import evaluate
 from numpy.typing import NDArray
 from PIL import Image
 
-from rinr_loader import encode as encoding
+from rinr_loader import encode_siren as encoding
 from rinr_loader import presets, residuals
 from rinr_loader.bundle import Bundle, Network, pack, parse
 from rinr_loader.codecs import siren
 from rinr_loader.decode import decode_batch
-from rinr_loader.encode import encode_unit, predict_rung
+from rinr_loader.encode import encode_unit
+from rinr_loader.encode_siren import predict_rung
 from rinr_loader.fit import Schedule
 from rinr_loader.lanes import Lanes
 from rinr_loader.picture import Picture

@@ -24,15 +24,18 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "source": set(),
     "rng": set(),
     "quality": set(),
-    "image": {"errors", "source"},
+    "jpeg_header": set(),
+    "image": {"errors", "jpeg_header", "source"},
     # bytes: numpy only, so that a bundle can be looked at anywhere
     "specs": set(),
-    "jpeg_header": set(),
     "bundle": {"errors", "jpeg_header", "specs"},
     "index_check": {"bundle"},
     "index": {"index_check"},
     "writer": {"index", "source"},
-    "reader": {"index"},
+    "codecs": {"bundle"},
+    "dictionary": {"codecs"},  # what bundles of the family `tile` have in common
+    "shared": {"dictionary", "writer"},
+    "reader": {"dictionary", "index"},
     # where pixels and boxes go
     "geometry": {"errors", "rng"},
     "boxes": {"geometry"},
@@ -40,7 +43,6 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "mosaic": {"geometry"},
     "color": {"errors", "rng"},
     # image -> bundle -> image
-    "codecs": {"bundle"},
     "kernels": {"codecs"},
     "fit": {"codecs"},
     "presets": {"fit"},
@@ -49,17 +51,20 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "decode": {"surfaces"},
     "picture": {"quality"},
     "lanes": {"decode", "fit"},
-    "residuals": {"decode", "lanes", "picture", "presets"},
-    "encode": {"residuals"},  # a fit is judged by the decoder itself
+    "residuals": {"lanes", "picture", "presets", "view"},
+    "measured": {"decode", "picture"},  # a picture is judged by the decoder itself
+    "encode_siren": {"measured", "residuals"},
+    "encode_jpeg": {"measured", "presets"},
+    "encode": {"encode_jpeg", "encode_siren"},
     # the way into a training loop
     "plan": {"index", "rng"},
     "pipeline": {"boxes", "color", "decode", "plan"},
-    "dataset": {"pipeline", "source"},
+    "dataset": {"pipeline", "shared", "source"},
     "loader": {"dataset"},
     # jobs
     "annotations": {"errors", "source"},
     "units": {"annotations", "encode", "image", "writer"},
-    "convert": {"units"},
+    "convert": {"shared", "units"},
     "pictures": {"dataset"},
     "sheet": set(),
     "info": {"pictures", "sheet"},

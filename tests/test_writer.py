@@ -237,8 +237,10 @@ def test_dataset_json_counts_and_tells_the_task() -> None:
         ["a"],
         {"c": 1},
         {"s": 2},
-        [],
+        {},
     )
+    listed = describe_dataset({"train": [(row, index)]}, names=(), codec={}, source={}, shared={"ab": 3})
+    assert listed["shared"] == {"ab": 3}
     assert {split: (table["samples"], table["objects"], len(table["shards"])) for split, table in found["splits"].items()} == {
         "train": (6, 18, 2),
         "val": (3, 9, 1),
