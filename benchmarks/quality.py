@@ -162,15 +162,15 @@ def parts(where: Path) -> dict[str, int]:
 
 def siren(samples: Sequence[Sample], folder: Path) -> list[Row]:
     """Every mode at the paper's shapes, and the targets with the preset `balanced`."""
-    rows = [ours(f"{mode} 10x28 balanced", samples, Settings(SHAPES, mode), folder) for mode in MODES]
-    return [*rows, ours("qre balanced to targets", samples, Settings("balanced", "qre", IMAGE_PSNR, OBJECT_PSNR), folder)]
+    rows = [ours(f"{mode} 10x28 balanced", samples, Settings(SHAPES, mode, family="siren"), folder) for mode in MODES]
+    return [*rows, ours("qre balanced to targets", samples, Settings("balanced", "qre", IMAGE_PSNR, OBJECT_PSNR, family="siren"), folder)]
 
 
 def full_schedule(samples: Sequence[Sample], folder: Path) -> list[Row]:
     """The paper's 10,000 steps beside 2,000."""
     return [
-        ours("qre 10x28 paper", samples, Settings("paper"), folder),
-        ours("qre 10x28 balanced", samples, Settings(SHAPES), folder),
+        ours("qre 10x28 paper", samples, Settings("paper", family="siren"), folder),
+        ours("qre 10x28 balanced", samples, Settings(SHAPES, family="siren"), folder),
     ]
 
 

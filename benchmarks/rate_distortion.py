@@ -62,7 +62,7 @@ def siren(pictures: Sequence[Picture]) -> list[Curve]:
     for shape in LADDER:
         name = cast(PresetName, f"rate-distortion-{shape}")
         PRESETS[name] = replace(PRESETS["balanced"], backgrounds=(shape,))
-        found.append(points_of(pictures, encode_unit(pictures, Settings(preset=name), unit="rate_distortion")))
+        found.append(points_of(pictures, encode_unit(pictures, Settings(preset=name, family="siren"), unit="rate_distortion")))
     return [[point for point in column if point is not None] for column in zip(*found, strict=True)]
 
 

@@ -187,7 +187,7 @@ def small(key: str, seed: int, objects: int = 2, width: int = 32) -> Sample:
 def test_a_row_of_ours_holds_what_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "fast", TINY)
     samples = [small("b", 1), small("a", 2, objects=0, width=40)]
-    row = quality.ours("some name", samples, Settings(preset="fast", object_psnr=1.0), tmp_path)
+    row = quality.ours("some name", samples, Settings(preset="fast", family="siren", object_psnr=1.0), tmp_path)
     dataset = RinrDataset(tmp_path / "some-name")
     files = [path for path in (tmp_path / "some-name/train").iterdir() if path.suffix in (".tar", ".safetensors")]
     assert row["stored_bytes"] == round(sum(path.stat().st_size for path in files) / 2)
@@ -204,7 +204,7 @@ def test_a_row_of_ours_holds_what_was_stored(tmp_path: Path, monkeypatch: pytest
 
 def test_parts_of_a_dataset_are_those_of_its_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "fast", TINY)
-    quality.ours("one", [small("a", 1)], Settings(preset="fast", object_psnr=90.0), tmp_path)
+    quality.ours("one", [small("a", 1)], Settings(preset="fast", family="siren", object_psnr=90.0), tmp_path)
     shard = tmp_path / "one/train/train-000000.tar"
     with tarfile.open(shard) as tar:
         data = tar.extractfile("a.rinr").read()  # type: ignore[union-attr]
@@ -311,7 +311,7 @@ def test_rows_are_compared_picture_by_picture() -> None:
 def test_points_are_measured_on_what_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "fast", TINY)
     frames = [framed([], width=40, height=24), framed([], width=24, height=32, seed=3)]
-    bundles = encode.encode_unit(frames, Settings(preset="fast"), unit="test")
+    bundles = encode.encode_unit(frames, Settings(preset="fast", family="siren"), unit="test")
     points = rate_distortion.points_of(frames, bundles)
     assert points == [(len(bundle), pytest.approx(parse(bundle).psnr, abs=0.006)) for bundle in bundles]
 
