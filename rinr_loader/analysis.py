@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ class Analysis(nn.Module):
             nn.LeakyReLU(0.1),
             nn.Conv2d(WIDTH, channels, 4, 2, 1),
         )
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The convolution that gives the correction."""
+        return cast(nn.Conv2d, self.correction[-1])
 
     def forward(self, image: Tensor) -> Tensor:
         """Latents before steps are divided out.
@@ -96,7 +102,8 @@ def _rotation() -> Tensor:
     one, reverse = torch.eye(half, dtype=torch.float64), torch.eye(half, dtype=torch.float64).flip(0)
     butterfly = torch.cat([torch.cat([one, reverse], 1), torch.cat([reverse, -one], 1)]) / 2**0.5
     odd = reverse @ second.T @ fourth @ reverse
-    return (butterfly @ torch.block_diag(one, odd) @ butterfly).float()
+    rotation: Tensor = butterfly @ torch.block_diag(one, odd) @ butterfly
+    return rotation.float()
 
 
 def _across_borders(image: Tensor, axis: int, rotation: Tensor) -> Tensor:
@@ -107,7 +114,8 @@ def _across_borders(image: Tensor, axis: int, rotation: Tensor) -> Tensor:
     index = starts[:, None] + torch.arange(2 * OVERLAP)
     result = moved.clone()
     result[..., index] = moved[..., index] @ rotation.T.to(image)
-    return result.movedim(-1, axis)
+    back: Tensor = result.movedim(-1, axis)
+    return back
 
 
 def dump_analysis(analysis: Analysis, sha256: str) -> bytes:
@@ -134,6 +142,14 @@ def load_analysis(data: bytes, name: str) -> tuple[Analysis, str]:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{name}: expected an analysis network, got {type(error).__name__}: {error}; train the dictionary again") from None
     return analysis.eval(), sha256
+
+
+def is_analysis(data: bytes) -> bool:
+    """Whether a file of shared parameters is an analysis: what encoding needs, and decoding does not."""
+    try:
+        return "dictionary" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 @cache

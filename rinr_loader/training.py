@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rinr_loader.analysis import Analysis, principal_lapped_basis
+from rinr_loader.codecs.rans import PROBABILITY_BITS
 from rinr_loader.codecs.tile import FILTER_WIDTH, TILE, smooth, synthesise
+from rinr_loader.dictionary import CONTEXTS, Dictionary
+from rinr_loader.errors import ConfigError
+from rinr_loader.train_state import Row, load_state, save_state
 
 LAGRANGE = 24.0  # lambda = LAGRANGE / step**2, in bits for a squared grey level: what a uniform quantizer's slope asks of three colours
 STEPS = (18.0, 260.0)  # grey levels: the range of quantization steps
@@ -26,7 +32,8 @@ TYPICAL_STEP = 70.0
 VALIDATION_STEPS = (25.0, 50.0, 100.0, 200.0)
 PREDICTED = 3  # channels, the first, that are stored as differences to the tile on their left: the means of the three colours
 SAVE_EVERY, VALIDATE_EVERY = 500, 2000
-WARM_UP = 500
+WARM_UP = 500  # steps, a quarter of the training at most
+START_BATCHES = 80  # that the components are taken from
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,23 @@ class TrainSettings:
     batch: int = 6
     lr: float = 4e-4
 
+    @classmethod
+    def like(cls, dictionary: Dictionary, *, steps: int, seed: int, crop: int) -> TrainSettings:
+        """Settings that go on training a dictionary: its shape, and steps a third as large."""
+        prior = dictionary.background
+        return cls(steps, seed, dictionary.channels, len(prior.tables), prior.ends, crop, lr=cls.lr / 3)
+
 
 class Prior(nn.Module):
     """What training takes for the rate: for each channel group, classes of Laplacian scales; a tile takes the class that codes it cheapest."""
+
+    log_share: Tensor
 
     def __init__(self, settings: TrainSettings) -> None:
         super().__init__()
         self.bounds = list(zip((0, *settings.groups[:-1]), settings.groups, strict=True))
         self.log_scale = nn.ParameterList([nn.Parameter(torch.zeros(settings.classes, end - start)) for start, end in self.bounds])
         self.register_buffer("log_share", torch.full((len(self.bounds), settings.classes, settings.classes), -math.log(settings.classes)))
-
-    log_share: Tensor
 
     @torch.no_grad()
     def start(self, symbols: Tensor) -> None:
@@ -72,6 +85,23 @@ class Prior(nn.Module):
         for (a, b), table in zip(self.bounds, self.log_scale, strict=True):
             spread = torch.linspace(-5, 3, len(table))[:, None]
             table.copy_(mean[a:b] + spread)
+
+    @torch.no_grad()
+    def start_from(self, dictionary: Dictionary) -> None:
+        """Scales and shares that say what a dictionary's tables for the background say."""
+        prior, radius = dictionary.background, dictionary.radius
+        frequency = dictionary.tables.frequencies[: len(radius)].astype(np.float64)
+        size = np.abs(np.arange(frequency.shape[1]) - radius[:, None])  # of the escape radius + 1, the least that it can mean
+        mean = torch.from_numpy((frequency * size).sum(1) / frequency.sum(1))[torch.from_numpy(prior.tables)]
+        # The rounded magnitudes of a Laplacian variable of scale b have the mean 1 / (2 sinh(1 / 2b)).
+        scale = 1 / (2 * torch.asinh(1 / (2 * mean.clamp_min(1e-9))))
+        for (a, b), table in zip(self.bounds, self.log_scale, strict=True):
+            table.copy_(scale[:, a:b].clamp(0.02, 200).log())
+        share = torch.from_numpy(prior.classes / (1 << PROBABILITY_BITS)).view(len(self.bounds), CONTEXTS, CONTEXTS, -1).mean(1)
+        buckets = torch.from_numpy(prior.buckets.astype(np.int64))
+        for g in range(len(self.bounds)):
+            before = buckets[g - 1] if g else torch.full_like(buckets[0], CONTEXTS - 1)
+            self.log_share[g] = share[g, before].log()
 
     def classes(self, symbols: Tensor) -> list[Tensor]:
         """The cheapest class of each tile and group for integers `(tiles, C)`: the cost of a Laplacian is linear in magnitude and in what is zero."""
@@ -89,7 +119,7 @@ class Prior(nn.Module):
         return chosen
 
     def bits(self, values: Tensor, integers: Tensor) -> Tensor:
-        """Bits of each tile `(tiles,)`: of `values` (integers, or integers with noise), in the classes of `integers`; counts how often each was chosen."""
+        """Bits of each tile `(tiles,)`: of `values` (integers, or with noise), in the classes of `integers`; counts how often each was chosen."""
         with torch.no_grad():
             classes = self.classes(integers)
         total = values.new_zeros(len(values))
@@ -136,20 +166,46 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
+        """Begin with the principal components of crops, in grey levels around 0, `(N, 3, H, W)`."""
         basis = principal_lapped_basis(images, len(self.basis))
         means = basis.sum((2, 3)).square().sum(1).argsort(descending=True)[:PREDICTED].sort().values
         rest = torch.tensor([i for i in range(len(basis)) if i not in means.tolist()])
         basis = basis[torch.cat([means, rest])]
         self.basis.copy_(basis)
         self.analysis.linear.weight.copy_(basis)
-        last = self.analysis.correction[-1]
+        last = self.analysis.last
         last.weight.mul_(0.01)
-        last.bias.zero_()
+        if last.bias is not None:
+            last.bias.zero_()
         latents = self.analysis(images)
         steps = torch.exp(torch.linspace(math.log(STEPS[0]), math.log(STEPS[1]), len(images)))
         self.prior.start(symbols_of((latents / steps[:, None, None, None]).round()))
 
+    @classmethod
+    def from_dictionary(cls, dictionary: Dictionary, analysis: Analysis, settings: TrainSettings) -> Model:
+        """A model that begins where a dictionary and its analysis stand.
+
+        Args:
+            dictionary: Whose basis, filter and tables are taken over.
+            analysis: That was trained with it.
+            settings: Whose channels, groups and classes are the dictionary's, as `TrainSettings.like` gives them.
+
+        Raises:
+            ConfigError: The dictionary predicts other channels than this training.
+        """
+        if dictionary.predicted != PREDICTED:
+            raise ConfigError(f"dictionary: expected {PREDICTED} predicted channels, got {dictionary.predicted}; train a new one")
+        model = cls(settings)
+        with torch.no_grad():
+            model.analysis.load_state_dict(analysis.state_dict())
+            model.basis.copy_(dictionary.basis)
+            for name, value in dictionary.filter.items():
+                model.filter[name.replace(".", "_")].copy_(value)
+            model.prior.start_from(dictionary)
+        return model
+
     def quantised(self, latents: Tensor, steps: Tensor) -> Tensor:
+        """Latents in units of their steps `(N,)`, not rounded."""
         return latents * torch.exp(self.log_gain)[:, None, None] / steps[:, None, None, None]
 
     def synthesis(self, values: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +217,8 @@ class Model(nn.Module):
             change = smooth(linear / 64, weights, steps / TYPICAL_STEP) - linear / 64
         return linear, linear + 64 * change.float()
 
-    def groups(self, settings: TrainSettings) -> list[dict[str, object]]:
+    def groups(self, settings: TrainSettings) -> list[dict[str, Any]]:
+        """Parameters by learning rate, as an optimizer takes them."""
         own = {"filter": 3.0, "prior": 10.0, "log_gain": 10.0}
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
@@ -170,7 +227,7 @@ class Model(nn.Module):
 
 
 def symbols_of(latents: Tensor) -> Tensor:
-    """What is coded for each tile, `(tiles, C)`: the first channels as differences to the tile on the left (in the first column, to the one above)."""
+    """What is coded for each tile, `(tiles, C)`: the first channels as differences to the tile on the left, in the first column to the one above."""
     means = latents[:, :PREDICTED]
     left = means[..., :-1]
     above = F.pad(means[:, :, :-1, :1], (0, 0, 1, 0))
@@ -216,30 +273,72 @@ class Pictures:
 
 
 def train(
-    pictures: Pictures, settings: TrainSettings, state: Path | None = None, report: Callable[[dict[str, object]], None] = lambda row: None
-) -> tuple[Model, list[dict[str, object]]]:
+    pictures: Pictures,
+    settings: TrainSettings,
+    state: Path | None = None,
+    report: Callable[[Row], None] = lambda row: None,
+    *,
+    model: Model | None = None,
+    origin: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> tuple[Model, list[Row]]:
     """Train, from where `state` left off if it is there.
+
+    Args:
+        pictures: What is trained on.
+        settings: Steps, seed and shapes.
+        state: File that holds an unfinished training; written as training goes on, and left when it ends.
+        report: Called with each row of the validation curve as it is made.
+        model: Where to begin; with the principal components of crops without it.
+        origin: What else a state must agree in to be of the same training, as JSON.
+        progress: Called with the number of steps that are done, first with those found done.
 
     Returns:
         The model and the validation curve.
+
+    Raises:
+        ConfigError: `state` is damaged, or of another training.
+        StorageError: `state` cannot be written.
     """
-    torch.manual_seed(settings.seed)
-    model = Model(settings)
-    optimizer = torch.optim.Adam(model.groups(settings))
-    curve: list[dict[str, object]] = []
+    about = {**asdict(settings), **(origin or {})}
+    found = state is not None and state.exists()
+    begun = model
+    if begun is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            begun = Model(settings)
+    optimizer = torch.optim.Adam(begun.groups(settings))
+    curve: list[Row] = []
     begin = 0
-    if state is not None and state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        begin, curve = saved["step"], saved["curve"]
+    if state is not None and found:
+        begin, curve = load_state(state, begun, optimizer, about)
     else:
-        model.start(torch.cat([pictures.batch(settings, -1 - i)[0] for i in range(80)]))
-        curve.append({"step": 0, "rates": validate(model, pictures.validation)})
+        if model is None:
+            begun.start(torch.cat([pictures.batch(settings, -1 - i)[0] for i in range(START_BATCHES)]))
+        curve.append({"step": 0, "rates": validate(begun, pictures.validation)})
         report(curve[-1])
+    progress(begin)
+    _run(begun, optimizer, pictures, settings, begin, curve, state, about, report, progress)
+    return begun.eval(), curve
+
+
+def _run(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    pictures: Pictures,
+    settings: TrainSettings,
+    begin: int,
+    curve: list[Row],
+    state: Path | None,
+    about: Mapping[str, Any],
+    report: Callable[[Row], None],
+    progress: Callable[[int], None],
+) -> None:
+    """Take the steps from `begin` on."""
+    warm_up = min(WARM_UP, max(1, settings.steps // 4))
     model.train()
     for step in range(begin, settings.steps):
-        rate = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        rate = min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate
         loss = loss_of(model, *pictures.batch(settings, step), step)
@@ -252,11 +351,8 @@ def train(
             curve.append({"step": done, "rates": validate(model, pictures.validation)})
             report(curve[-1])
         if state is not None and (done % SAVE_EVERY == 0 or done == settings.steps):
-            new = state.with_suffix(".new")
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "curve": curve, "settings": asdict(settings)}
-            torch.save(saved, new)
-            new.replace(state)
-    return model.eval(), curve
+            save_state(state, model, optimizer, done, curve, about)
+        progress(done)
 
 
 def loss_of(model: Model, images: Tensor, steps: Tensor, step: int) -> Tensor:
