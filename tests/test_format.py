@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -19,13 +20,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from rinr_loader import jpeg_header, specs
-from rinr_loader.bundle import NO_OBJECT, parse
+from rinr_loader.bundle import NO_OBJECT, NetworkSpec, parse
 from rinr_loader.index import encode_key
 
 GOLDEN = REPOSITORY / "tests" / "golden"
 BUNDLES = sorted(path.stem for path in (GOLDEN / "bundles").glob("*.rinr"))
-SHARDS = sorted((GOLDEN / "dataset").glob("*/*.tar"))
-KINDS, DTYPES = ("background", "residual", "direct"), ("int8", "float16")  # as numbered in the document
+DATASETS = ("dataset", "dataset-jpeg")
+SHARDS = sorted(shard for root in DATASETS for shard in (GOLDEN / root).glob("*/*.tar"))
+KINDS, DTYPES = ("background", "residual", "direct"), ("int8", "float16", "latents", "jpeg")  # as numbered in the document
+FAMILIES = (None, "siren", "tile", "jpeg")
 CODES = {"u8": "B", "u16": "H", "u32": "I", "i32": "i", "f32": "f"}
 
 
@@ -92,7 +95,8 @@ def test_a_bundle_read_by_the_tables_is_the_bundle_that_is_parsed(name: str) -> 
     header, objects, networks = read_bundle(data)
     parsed = parse(data)
     assert bytes(header["magic"]) == b"RINR"
-    assert (header["version"], header["family"], header["flags"], header["reserved"], header["length"]) == (1, 1, 0, 0, len(data))
+    assert (header["version"], header["flags"], header["reserved"], header["length"]) == (1, 0, 0, len(data))
+    assert FAMILIES[header["family"]] == parsed.family
     assert header["checksum"] == zlib.crc32(data[:12] + bytes(4) + data[16:])
     assert (header["stored_size"], header["source_size"], header["label"]) == (parsed.stored_size, parsed.source_size, parsed.label)
     assert (bytes(header["shared"]), bytes(header["source_hash"])) == (parsed.shared, parsed.source_hash)
@@ -103,8 +107,12 @@ def test_a_bundle_read_by_the_tables_is_the_bundle_that_is_parsed(name: str) -> 
     for record, network in zip(networks, parsed.networks, strict=True):
         spec = network.spec
         assert KINDS[record["kind"]] == spec.kind
-        assert DTYPES[record["dtype"]] == spec.dtype
-        assert (record["depth"], record["width"], record["w0"]) == (spec.depth, spec.width, spec.w0)
+        if isinstance(spec, NetworkSpec):
+            assert DTYPES[record["dtype"]] == spec.dtype
+            assert (record["depth"], record["width"], record["w0"]) == (spec.depth, spec.width, spec.w0)
+        else:
+            assert DTYPES[record["dtype"]] == "jpeg"
+            assert (record["depth"], record["width"], record["w0"], record["scale"]) == (0, 0, 0, 1)
         assert (record["rect"], record["scale"], record["feather"]) == (network.rect, network.scale, network.feather)
         assert record["object"] == (65535 if network.object < 0 else network.object)
         assert record["offset"] % 16 == 0
@@ -136,6 +144,10 @@ def decode_by_the_text(data: bytes) -> NDArray[np.uint8]:
     """The picture at its stored size, by the section "Decoding", one network after the other, in float64."""
     header, _, networks = read_bundle(data)
     height, width = header["stored_size"]
+    if FAMILIES[header["family"]] == "jpeg":
+        (record,) = networks
+        file = data[record["offset"] : record["offset"] + record["length"]]
+        return np.array(Image.open(io.BytesIO(file)).convert("RGB"))
     y, x = np.mgrid[0:height, 0:width] + 0.5
     colour = np.zeros((3, height, width))
     for record in networks:
@@ -165,7 +177,11 @@ def test_a_picture_decoded_by_the_text_is_the_golden_one(name: str) -> None:
     assert_close(decoded, np.array(Image.open(GOLDEN / "pixels" / f"{name}.png")), "pixels")
 
 
-@pytest.mark.parametrize("shard", SHARDS, ids=lambda shard: shard.stem)
+def name_of(shard: Path) -> str:
+    return shard.relative_to(GOLDEN).as_posix()
+
+
+@pytest.mark.parametrize("shard", SHARDS, ids=name_of)
 def test_an_index_has_the_columns_of_its_table(shard: Path) -> None:
     file = shard.with_suffix(".safetensors")
     raw = file.read_bytes()
@@ -189,7 +205,7 @@ def test_an_index_has_the_columns_of_its_table(shard: Path) -> None:
         assert (columns[name].dtype, columns[name].shape) == (match[1], (counts[of], int(match[2])) if match[2] else (counts[of],)), name
 
 
-@pytest.mark.parametrize("shard", SHARDS, ids=lambda shard: shard.stem)
+@pytest.mark.parametrize("shard", SHARDS, ids=name_of)
 def test_an_index_says_what_the_bundles_say(shard: Path) -> None:
     data, columns = shard.read_bytes(), load_file(shard.with_suffix(".safetensors"))
     raw = shard.with_suffix(".safetensors").read_bytes()
@@ -230,8 +246,9 @@ def test_limits_are_those_of_the_code() -> None:
     }
 
 
-def test_dataset_json_has_the_keys_of_its_table() -> None:
-    described = json.loads((GOLDEN / "dataset" / "dataset.json").read_bytes())
+@pytest.mark.parametrize("root", DATASETS)
+def test_dataset_json_has_the_keys_of_its_table(root: str) -> None:
+    described = json.loads((GOLDEN / root / "dataset.json").read_bytes())
     assert sorted(described) == sorted(row[0] for row in table("dataset.json"))
     text = (REPOSITORY / "docs" / "FORMAT.md").read_text()
     listed = re.search(r"A row of `shards` has (.*?);", text)

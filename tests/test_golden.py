@@ -12,13 +12,16 @@ from conftest import REPOSITORY, assert_close, psnr
 from PIL import Image
 
 from rinr_loader import DataLoader, RinrDataset
-from rinr_loader.bundle import DTYPES, KINDS, pack, parse
+from rinr_loader.bundle import DTYPES, KINDS, NetworkSpec, pack, parse
 from rinr_loader.decode import decode_batch
 from rinr_loader.index import decode_key, dump_index, index_shard
 from rinr_loader.writer import read_tar, write_tar
 
 GOLDEN = REPOSITORY / "tests" / "golden"
-BUNDLES = ("be", "bs-label-no-objects", "de", "gray-one-row", "int8-residuals", "qre", "re-smaller-than-source")
+SIREN = ("be", "bs-label-no-objects", "de", "gray-one-row", "int8-residuals", "qre", "re-smaller-than-source")
+JPEG = ("jpeg", "jpeg-gray", "jpeg-progressive")
+BUNDLES = (*SIREN, *JPEG)
+DATASETS = ("dataset", "dataset-jpeg")
 SHARDS = ("train/train-000000", "train/train-000001", "val/val-000000")
 DATASET = {"train": ["plain", "v1.2/frame 07.left", "ü"], "val": ["a"]}
 
@@ -37,16 +40,17 @@ def bundle(name: str) -> bytes:
 
 
 def test_every_golden_file_is_there_and_no_other() -> None:
-    wanted = {"make.py", "bundles.json", *(f"dataset/{name}" for name in ("dataset.json", "data.yaml", "report.json"))}
+    wanted = {"make.py", "bundles.json", *(f"{root}/{name}" for root in DATASETS for name in ("dataset.json", "data.yaml", "report.json"))}
     wanted |= {f"bundles/{name}.rinr" for name in BUNDLES} | {f"pixels/{name}.png" for name in BUNDLES}
-    wanted |= {f"pixels/dataset-{split}-{i}.png" for split, keys in DATASET.items() for i in range(len(keys))}
-    wanted |= {f"dataset/{shard}.{suffix}" for shard in SHARDS for suffix in ("tar", "safetensors")}
+    wanted |= {f"pixels/{root}-{split}-{i}.png" for root in DATASETS for split, keys in DATASET.items() for i in range(len(keys))}
+    wanted |= {f"{root}/{shard}.{suffix}" for root in DATASETS for shard in SHARDS for suffix in ("tar", "safetensors")}
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert found == wanted
 
 
 def test_golden_bundles_are_of_every_kind_and_dtype() -> None:
-    specs = {(n.spec.kind, n.spec.dtype) for name in BUNDLES for n in parse(bundle(name)).networks}
+    assert {parse(bundle(name)).family for name in JPEG} == {"jpeg"}
+    specs = {(n.spec.kind, n.spec.dtype) for name in SIREN for n in parse(bundle(name)).networks if isinstance(n.spec, NetworkSpec)}
     wanted = {(kind, dtype) for kind in KINDS for dtype in DTYPES} - {("direct", "int8")}  # read as any other network's int8
     assert specs == wanted
     assert any(parse(bundle(name)).crowd.any() for name in BUNDLES)
@@ -86,13 +90,14 @@ def test_golden_residuals_matter() -> None:
     assert psnr(without, pixels("qre")) < 35
 
 
+@pytest.mark.parametrize("root", DATASETS)
 @pytest.mark.parametrize("split", list(DATASET))
-def test_the_dataset_gives_its_pixels_and_labels(split: str) -> None:
-    dataset = RinrDataset(GOLDEN / "dataset", split)
+def test_the_dataset_gives_its_pixels_and_labels(split: str, root: str) -> None:
+    dataset = RinrDataset(GOLDEN / root, split)
     assert dataset.keys == DATASET[split]
     assert dataset.names == ("box", "ball", "corner")
     for i, (image, target) in enumerate(dataset):
-        assert_close(image.permute(1, 2, 0), pixels(f"dataset-{split}-{i}"), "pixels")
+        assert_close(image.permute(1, 2, 0), pixels(f"{root}-{split}-{i}"), "pixels")
         assert target["key"] == DATASET[split][i]
     first = dataset.labels[0]
     boxes = [[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]]
@@ -101,15 +106,17 @@ def test_the_dataset_gives_its_pixels_and_labels(split: str) -> None:
     assert len(dataset) == len(DATASET[split]) == len(DataLoader(dataset, size=(32, 32)))
 
 
+@pytest.mark.parametrize("root", DATASETS)
 @pytest.mark.parametrize("shard", SHARDS)
-def test_an_index_made_again_is_the_golden_one(shard: str) -> None:
-    tar = GOLDEN / "dataset" / f"{shard}.tar"
+def test_an_index_made_again_is_the_golden_one(shard: str, root: str) -> None:
+    tar = GOLDEN / root / f"{shard}.tar"
     assert dump_index(index_shard(tar), shard_bytes=tar.stat().st_size) == tar.with_suffix(".safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("root", DATASETS)
 @pytest.mark.parametrize("shard", SHARDS)
-def test_a_shard_written_again_is_the_golden_one(shard: str, tmp_path: Path) -> None:
-    tar = GOLDEN / "dataset" / f"{shard}.tar"
+def test_a_shard_written_again_is_the_golden_one(shard: str, root: str, tmp_path: Path) -> None:
+    tar = GOLDEN / root / f"{shard}.tar"
     write_tar(tmp_path / "again.tar", read_tar(tar))
     assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
 

@@ -1,4 +1,5 @@
-"""Make the golden files again: `python tests/golden/make.py`. Only for a new version of the format; the old files then stay beside the new ones.
+"""Make the golden files of a family again: `python tests/golden/make.py siren`. Only for a new version of the format, or a new family; the
+files that are there then stay beside the new ones.
 
 Drawn pictures, really encoded with small networks and a short schedule: what is committed is what they decode to, not a good likeness.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,31 @@ def int8_residuals(data: bytes) -> bytes:
     return pack(replace(bundle, networks=tuple(networks)))
 
 
-def bundles() -> dict[str, bytes]:
+def jpeg_file(pixels: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def jpeg_bundles() -> dict[str, bytes]:
+    """A JPEG for a target, and files that were kept: gray, progressive, with full colour."""
+
+    def encode(picture: Picture, **settings: Any) -> bytes:
+        return encode_unit([picture], Settings(family="jpeg", **settings), unit="jpeg", threads=1)[0]
+
+    def kept(picture: Picture, **options: Any) -> bytes:
+        pixels = picture.pixels[..., 0] if options.pop("gray", False) else picture.pixels
+        file = jpeg_file(pixels, **options)
+        return encode(replace(picture, original=file, pixels=np.array(Image.open(io.BytesIO(file)).convert("RGB"))))
+
+    return {
+        "jpeg": encode(picture(45, 37), target_psnr=30.0, object_psnr=32.0),
+        "jpeg-gray": kept(picture(19, 23, boxes=False, label=3, gray=True), gray=True, quality=60),
+        "jpeg-progressive": kept(picture(45, 37, source=(90, 74)), progressive=True, quality=70, subsampling=0),
+    }
+
+
+def siren_bundles() -> dict[str, bytes]:
     def encode(mode: presets.Mode, picture: Picture) -> bytes:
         return encode_unit([picture], Settings("fast", mode), unit=mode, threads=1)[0]
 
@@ -117,24 +143,27 @@ def source() -> Source:
     return Source("drawn", samples, ("box", "ball", "corner"))
 
 
-def main() -> None:
+FAMILIES = {"siren": siren_bundles, "jpeg": jpeg_bundles}
+DATASETS = {"siren": ("dataset", Settings("fast")), "jpeg": ("dataset-jpeg", Settings(family="jpeg"))}
+
+
+def main(family: str) -> None:
     presets.PRESETS["fast"] = TINY
-    for old in ("bundles", "dataset", "pixels"):
-        shutil.rmtree(GOLDEN / old, ignore_errors=True)
-    (GOLDEN / "bundles").mkdir()
-    (GOLDEN / "pixels").mkdir()
-    expected = {}
-    for name, data in bundles().items():
+    described_in = GOLDEN / "bundles.json"
+    expected = json.loads(described_in.read_text()) if described_in.exists() else {}
+    for name, data in FAMILIES[family]().items():
         (GOLDEN / "bundles" / f"{name}.rinr").write_bytes(data)
         Image.fromarray(decode_batch([data])[0].permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"{name}.png")
         expected[name] = described(parse(data))
     lines = [f"{json.dumps(name)}: {json.dumps(about)}" for name, about in expected.items()]
-    (GOLDEN / "bundles.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    convert(source(), GOLDEN / "dataset", Job(Settings("fast"), shard_samples=2))
+    described_in.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    folder, settings = DATASETS[family]
+    shutil.rmtree(GOLDEN / folder, ignore_errors=True)
+    convert(source(), GOLDEN / folder, Job(settings, shard_samples=2))
     for split in ("train", "val"):
-        for image, target in RinrDataset(GOLDEN / "dataset", split):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"dataset-{split}-{target['index']}.png")
+        for image, target in RinrDataset(GOLDEN / folder, split):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"{folder}-{split}-{target['index']}.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
