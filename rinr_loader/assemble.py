@@ -11,15 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rinr_loader.analysis import Analysis
 from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, blocks_of, smooth, synthesise
 from rinr_loader.dictionary import CONTEXTS, Prior, dump
-from rinr_loader.latents import Costs, background_context, costs_of, differences, quantise, slope
+from rinr_loader.latents import Costs, costs_of, differences, quantise, slope
 from rinr_loader.priors import Observed, fit_tables
+from rinr_loader.stream import context_below
 from rinr_loader.training import LAGRANGE, PREDICTED, TYPICAL_STEP, Model, Pictures, TrainSettings, symbols_of
 
-CROPS, SIDE = 96, 320  # what tables are fitted to
+CROPS, SIDE = 72, 320  # what tables are fitted to
 STEPS = (20.0, 35.0, 60.0, 100.0, 160.0, 250.0)
-ITERATIONS = 4
+ITERATIONS = 3
 RESIDUAL_STEPS = (8.0, 12.0, 18.0, 27.0)
 RESIDUAL_ENDS, RESIDUAL_CLASSES = (6, 24, 72, RESIDUAL_CHANNELS), 16
 RECTANGLES = 4  # a crop
@@ -56,6 +58,20 @@ def transforms(model: Model) -> dict[str, NDArray[Any]]:
     for name, value in model.filter.items():
         columns[name.replace("_", ".")] = value.detach().numpy().astype(np.float16)
     return columns
+
+
+@torch.no_grad()
+def trained_analysis(model: Model) -> Analysis:
+    """The analysis as stored: with each channel's own factor in its weights, so that its latents need only be divided by the step."""
+    analysis = Analysis(len(model.basis))
+    analysis.load_state_dict(model.analysis.state_dict())
+    gain = torch.exp(model.log_gain)
+    analysis.linear.weight.mul_(gain[:, None, None, None])
+    analysis.last.weight.mul_(gain[:, None, None, None])
+    bias = analysis.last.bias
+    if bias is not None:
+        bias.mul_(gain)
+    return analysis.eval()
 
 
 def _crops(pictures: Pictures, settings: TrainSettings) -> Iterator[Tensor]:
@@ -100,9 +116,9 @@ def _fit_background(
         {name: torch.from_numpy(value).float() for name, value in columns.items() if "filter" in name},
     )
     shown = []
-    for crop, values, step, classes, width in decoded:
-        if 60 < step < 200:  # what residuals usually correct
-            image = smooth(synthesise(values, basis) / 64, weights, step / TYPICAL_STEP) * 64
+    for crop, values, steps, classes, width in decoded:
+        if 60 < steps < 200:  # what residuals usually correct
+            image = smooth(synthesise(values, basis) / 64, weights, steps / TYPICAL_STEP) * 64
             shown.append((crop, image, costs, classes, width))
     return tables, shown
 
@@ -119,7 +135,7 @@ def _fit_residual(
             y, x = rng.randint(0, crop.shape[2] - height), rng.randint(0, crop.shape[3] - width)
             rect = (x, y, x + width, y + height)
             blocks = blocks_of((crop - image)[0, :, y : y + height, x : x + width])
-            context = background_context(costs, classes, columns_of, rect)
+            context = torch.from_numpy(context_below(costs.prior, classes.numpy(), columns_of, rect))
             lattices.append((blocks.flatten(1), context, width // RESIDUAL_TILE))
     covariance = sum(
         (blocks.T.double() @ blocks.double() for blocks, _, _ in lattices), torch.zeros(RESIDUAL_CHANNELS, RESIDUAL_CHANNELS, dtype=torch.float64)

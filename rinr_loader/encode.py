@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from rinr_loader import encode_jpeg, encode_siren
+from rinr_loader import encode_jpeg, encode_siren, encode_tile
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings, check_settings
 from rinr_loader.specs import Family
@@ -29,7 +29,7 @@ class Encoder(Protocol):
     ) -> list[bytes]: ...
 
 
-ENCODERS: dict[Family, Encoder] = {"siren": encode_siren.encode_unit, "jpeg": encode_jpeg.encode_unit}
+ENCODERS: dict[Family, Encoder] = {"siren": encode_siren.encode_unit, "tile": encode_tile.encode_unit, "jpeg": encode_jpeg.encode_unit}
 
 
 def encode_unit(

@@ -7,6 +7,7 @@ energy of its basis function.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rinr_loader.codecs.rans import PROBABILITY_BITS
-from rinr_loader.codecs.tile import RESIDUAL_TILE, TILE, lattice_of
 from rinr_loader.dictionary import CONTEXTS, Prior
 
 ESCAPE_BITS = 16
@@ -142,15 +142,15 @@ def quantise(costs: Costs, values: Tensor, energy: Tensor, strength: float, colu
 def _rounding(costs: Costs, table: Tensor, size: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The best of three magnitudes for each latent, the nearest, the one below and none, and what it costs."""
     nearest = size.round()
-    best, found = None, None
-    for candidate in (nearest, (nearest - 1).clamp_min(0), torch.zeros_like(nearest)):
-        cost = costs.magnitude[table, candidate.clamp_max(256).long()] + (size - candidate).square() * weight
-        if best is None or found is None:
-            best, found = cost, candidate
-        else:
-            better = cost < best
-            best, found = torch.where(better, cost, best), torch.where(better, candidate, found)
-    assert best is not None and found is not None
+
+    def cost_of(candidate: Tensor) -> Tensor:
+        return costs.magnitude[table, candidate.clamp_max(256).long()] + (size - candidate).square() * weight
+
+    best, found = cost_of(nearest), nearest
+    for candidate in ((nearest - 1).clamp_min(0), torch.zeros_like(nearest)):
+        cost = cost_of(candidate)
+        better = cost < best
+        best, found = torch.where(better, cost, best), torch.where(better, candidate, found)
     return best, found
 
 
@@ -174,7 +174,7 @@ def differences(latents: Tensor, columns: int, predicted: int) -> Tensor:
 
 
 def slope(lagrange: float) -> float:
-    """Bits that a squared error of one step is worth, where the loss is bits a pixel + lagrange / step**2 * squared error, the mean of three colours."""
+    """Bits that a squared error of one step is worth, for a loss of bits a pixel + lagrange / step**2 * squared error, the mean of colours."""
     return lagrange / 3
 
 
@@ -183,21 +183,41 @@ def psnr_of(error: float) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
-def background_context(costs: Costs, classes: Tensor, columns: int, rect: tuple[int, int, int, int]) -> Tensor:
-    """Context for a residual's tiles: how busy the background is under the middle of each.
+def improve(
+    costs: Costs,
+    integers: Tensor,
+    classes: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    energy: Tensor,
+    strength: float,
+    columns: int,
+    exact: int,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Refine integers by what the decoder really shows.
+
+    Each step takes half of the latents, moves them by a Newton step of the squared error as if the basis were orthogonal, and rounds to what is
+    worth its bits. Half of them at once, as neighbours that mend the same error would overshoot together.
 
     Args:
-        costs: Of the background.
-        classes: Of its tiles, `(T, groups)`.
-        columns: Tiles of a row.
-        rect: Stored pixels of the residual.
+        costs, integers, classes, energy, strength, columns, exact: See `quantise`.
+        gradient: Of the squared error in steps, for integers `(T, C)`.
+        steps: How many.
 
     Returns:
-        int64, one for each tile of the residual, row by row.
+        Integers and classes.
     """
-    buckets = costs.buckets[torch.arange(classes.shape[1]), classes]
-    busy = buckets[:, 1:].float().mean(1).round().long().view(-1, columns)
-    rows, across = lattice_of(rect, RESIDUAL_TILE)
-    y = ((rect[1] + RESIDUAL_TILE * torch.arange(rows) + RESIDUAL_TILE // 2) // TILE).clamp_max(len(busy) - 1)
-    x = ((rect[0] + RESIDUAL_TILE * torch.arange(across) + RESIDUAL_TILE // 2) // TILE).clamp_max(columns - 1)
-    return busy[y[:, None], x].flatten()
+    group_of = torch.from_numpy(costs.prior.group_of)
+    none = torch.full((len(integers),), CONTEXTS - 1)
+    generator = torch.Generator().manual_seed(0)
+    channel = torch.arange(integers.shape[1])
+    for _ in range(steps):
+        moved = integers - gradient(integers) / (2 * energy)
+        mine = torch.rand(integers.shape, generator=generator) < 0.5
+        mine[:, :exact] = False
+        table = costs.table[classes[:, group_of], channel]
+        _, found = _rounding(costs, table, moved.abs(), strength * energy)
+        mine &= classes[:, group_of] > 0
+        integers = torch.where(mine, found * moved.sign(), integers)
+        classes, _ = choose_classes(costs, differences(integers, columns, exact), left_context(costs, classes, columns), none)
+    return integers, classes

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from rinr_loader.bundle import JpegSpec, NetworkSpec, Spec
+from rinr_loader.bundle import JpegSpec, NetworkSpec, Spec, TileSpec
 from rinr_loader.codecs.jpeg import decode_files
 from rinr_loader.reader import ShardBuffer
+from rinr_loader.tiles import tile_surfaces
 from rinr_loader.view import Jobs, View, inside, map_points, points_a_side, reach, scales
 
 MAX_REDUCTION = 8
@@ -74,7 +75,7 @@ def block_means(image: Tensor, k: int) -> Tensor:
 
 
 # How each family makes its surfaces: a function of the buffer, samples and k of each. Equal samples stand side by side.
-SURFACES: dict[type[Spec], MakeSurfaces] = {JpegSpec: jpeg_surfaces}
+SURFACES: dict[type[Spec], MakeSurfaces] = {JpegSpec: jpeg_surfaces, TileSpec: tile_surfaces}
 
 
 @dataclass(frozen=True)

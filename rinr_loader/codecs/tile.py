@@ -91,3 +91,56 @@ def image_of(blocks: Tensor, columns: int) -> Tensor:
     """The inverse of `blocks_of`."""
     grid = blocks.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # colour, row, y, column, x
     return grid.flatten(3, 4).flatten(1, 2)
+
+
+BAND = 8192  # tiles that are synthesised together: 7 KB each at full size
+UNIT = 64.0  # grey levels that the filter sees as 1
+TYPICAL_STEP = 70.0  # grey levels; the filter is told the logarithm of a step over this one
+
+
+def scaled_basis(basis: Tensor, k: int) -> Tensor:
+    """A basis for pictures at 1/k of their size, k 1, 2 or 4: means of k x k pixels, as a mean is linear too."""
+    return basis if k == 1 else F.avg_pool2d(basis, k)
+
+
+def picture(latents: Tensor, basis: Tensor, weights: Mapping[str, Tensor] | None, step: float) -> Tensor:
+    """Background of one picture, a band of tiles at a time, so that memory beyond the result stays bounded.
+
+    Args:
+        latents: Integers as float32, `(C, h, w)`.
+        basis: See `scaled_basis`.
+        weights: Of the filter; None for none.
+        step: Quantization step in grey levels.
+
+    Returns:
+        Grey levels around 0, `(3, h * t, w * t)`, t pixels a tile.
+    """
+    height, width = latents.shape[1:]
+    tile = basis.shape[-1] * TILE // SUPPORT
+    used = latents.flatten(1).any(1).nonzero()[:, 0]
+    latents, basis = latents[used], basis[used]
+    rows = max(1, BAND // width)
+    parts = []
+    for first in range(0, height, rows):
+        # One row of tiles more on each side: what a cut would change reaches less far, through basis and filter together.
+        low, high = max(0, first - 1), min(height, first + rows + 1)
+        part = synthesise(latents[None, :, low:high] * step, basis)
+        if weights is not None:
+            part = smooth(part / UNIT, weights, torch.full((1,), step / TYPICAL_STEP, device=part.device)) * UNIT
+        parts.append(part[0, :, (first - low) * tile : (min(height, first + rows) - low) * tile])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def residual(latents: Tensor, basis: Tensor, step: float, rect: tuple[int, int, int, int]) -> Tensor:
+    """What a residual adds inside its rectangle, not feathered yet: grey levels, `(3, y1 - y0, x1 - x0)`.
+
+    Args:
+        latents: Integers as float32, `(T, 192)`.
+        basis: `(192, 3, 8, 8)`.
+        step: Quantization step in grey levels.
+        rect: Stored pixels that it covers.
+    """
+    columns = lattice_of(rect, RESIDUAL_TILE)[1]
+    blocks = (latents * step) @ basis.flatten(1)
+    whole = image_of(blocks.unflatten(1, basis.shape[1:]), columns)
+    return whole[:, : rect[3] - rect[1], : rect[2] - rect[0]]

@@ -1,0 +1,354 @@
+"""The family `tile`: latents of a shared basis, in one pass or refined, with the steps that a picture's targets ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rinr_loader.analysis import Analysis, load_analysis, shipped_analysis
+from rinr_loader.bundle import JpegSpec, Network, TileSpec
+from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, TYPICAL_STEP, UNIT, blocks_of, lattice_of, picture, residual, smooth, synthesise
+from rinr_loader.dictionary import Dictionary, load, shipped
+from rinr_loader.encode_jpeg import overhead, smallest_jpeg
+from rinr_loader.errors import ConfigError
+from rinr_loader.lanes import Lanes, check_device, running
+from rinr_loader.latents import Costs, costs_of, differences, improve, psnr_of, quantise
+from rinr_loader.measured import pack_measured
+from rinr_loader.picture import Picture
+from rinr_loader.presets import Settings
+from rinr_loader.quality import box_mask
+from rinr_loader.residuals import FEATHER, place_residuals
+from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_stream
+from rinr_loader.tiles import weight_of
+
+# PSNR in dB where no target is given: modest where residuals give the objects their quality, and higher where nothing else will.
+TARGET_WITH_RESIDUALS, TARGET_ALONE, OBJECT_TARGET = 27.0, 32.0, 35.0
+LEAST_STEP, MOST_STEP, FIRST_STEP = 4.0, 260.0, 100.0  # grey levels: far outside of what was trained, colours turn blotchy
+LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
+TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
+SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
+STRENGTH, RESIDUAL_STRENGTH = 10.0, 8.0  # bits that a squared error of one step is worth
+COARSER = 1.2  # by which steps grow where a bundle is too large
+LARGE = 1 << 22  # pixels above which a picture is analysed in bands
+BAND_TILES, HALO_TILES = 32, 4  # the analysis sees 2 tiles far
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What encoding needs of a dictionary.
+
+    Args:
+        dictionary: The shared parameters.
+        analysis: Its analysis network.
+        background, residual: Bits under its tables.
+        energy: Squared norm of each basis function of the background.
+    """
+
+    dictionary: Dictionary
+    analysis: Analysis
+    background: Costs
+    residual: Costs
+    energy: Tensor
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A background as quantised.
+
+    Args:
+        integers, classes: `(T, C)` and `(T, groups)`.
+        step: In grey levels.
+        image: What it decodes to, grey levels around 0, `(3, H, W)`.
+        psnr: In dB.
+    """
+
+    integers: Tensor
+    classes: Tensor
+    step: float
+    image: Tensor
+    psnr: float
+
+
+def encode_unit(
+    pictures: Sequence[Picture],
+    settings: Settings,
+    *,
+    unit: str,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    on_background: Callable[[], None] | None = None,
+    shared: Mapping[str, bytes] | None = None,
+) -> list[bytes]:
+    """Encode pictures; see `encode.encode_unit`. Each is encoded alone.
+
+    Args:
+        shared: The dictionary that `settings.dictionary` names and the analysis that belongs to it; the shipped ones without it.
+    """
+    lanes = Lanes(settings.seed, unit, check_device(device), threads or torch.get_num_threads(), False)
+    coder = coder_of(settings.dictionary, shared or {})
+
+    def encode(i: int) -> bytes:
+        bundle = _encode(pictures[i], settings, coder, lanes.generator("place", i))
+        if on_background is not None:
+            on_background()
+        return bundle
+
+    with running(lanes):
+        return lanes.map(encode, range(len(pictures)))
+
+
+def coder_of(sha256: str, shared: Mapping[str, bytes]) -> Coder:
+    """The coder of a dictionary, by its hash; the shipped one where none is named.
+
+    Raises:
+        ConfigError: There is no such dictionary, or no analysis for it.
+    """
+    for name, data in shared.items():
+        if sha256 in shared and name != sha256:
+            analysis, owner = load_analysis(data, name)
+            if owner == sha256:
+                return _coder(load(shared[sha256], sha256), analysis)
+    if sha256 in shared:
+        raise ConfigError(f"dictionary: expected the analysis network of {sha256} beside it, got none; train the dictionary again")
+    if sha256 not in ("", shipped().sha256):
+        raise ConfigError(f"dictionary: expected the file {sha256} among the shared parameters, got {sorted(shared)}; pass it with its analysis")
+    return _shipped_coder()
+
+
+@cache
+def _shipped_coder() -> Coder:
+    return _coder(shipped(), shipped_analysis())
+
+
+def _coder(dictionary: Dictionary, analysis: Analysis) -> Coder:
+    symbols, radius = dictionary.tables.frequencies[: len(dictionary.radius)].astype("int64"), dictionary.radius
+    background, inside = costs_of(symbols, radius, dictionary.background), costs_of(symbols, radius, dictionary.residual)
+    return Coder(dictionary, analysis, background, inside, dictionary.basis.square().sum((1, 2, 3)))
+
+
+def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch.Generator) -> bytes:
+    """The smallest bundle that reaches the targets; where none does within `max_bytes`, a JPEG that does, or else the best there is."""
+    source = torch.from_numpy(picture.pixels).permute(2, 0, 1).float() - 127.5
+    has_residuals = settings.has_residuals and not picture.blind and bool((~picture.crowd).any())
+    target = settings.target_psnr
+    if target is None:
+        target = TARGET_WITH_RESIDUALS if has_residuals else TARGET_ALONE
+    object_target = (OBJECT_TARGET if settings.object_psnr is None else settings.object_psnr) if has_residuals else None
+    latents = analyse(coder.analysis, source)
+    background = _search(coder, latents, source, target, settings)
+    rects = [(placed.object, placed.rect) for placed in place_residuals(picture, generator)] if has_residuals else []
+
+    def bundle(background: Coded, coarser: float) -> tuple[bytes, bool]:
+        residuals, reached = _residuals(coder, picture, source, background, rects, object_target, coarser)
+        return _pack(coder, picture, settings, background, residuals), reached
+
+    data, reached = bundle(background, 1.0)
+    reached &= background.psnr >= target
+    if reached and (settings.max_bytes is None or len(data) <= settings.max_bytes):
+        return data
+    mask = picture.object_mask
+    found = smallest_jpeg(picture.pixels, target, mask if object_target is not None else None, object_target)
+    if found is not None and (settings.max_bytes is None or len(found[0]) + overhead(len(picture.boxes)) <= settings.max_bytes):
+        height, width = picture.pixels.shape[:2]
+        return pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, found[0])], "cpu")
+    factor = 1.0
+    while settings.max_bytes is not None and len(data) > settings.max_bytes and background.step * factor < MOST_STEP:
+        factor *= COARSER
+        data, _ = bundle(_trial(coder, latents, source, background.step * factor, settings), factor)
+    return data
+
+
+def _pack(coder: Coder, picture: Picture, settings: Settings, background: Coded, residuals: Sequence[tuple[Lattice, float, int]]) -> bytes:
+    height, width = picture.pixels.shape[:2]
+    whole = (0, 0, width, height)
+    columns = lattice_of(whole, TILE)[1]
+    symbols = differences(background.integers, columns, coder.dictionary.predicted).long().numpy()
+    stream, lanes = write_stream(coder.dictionary, Lattice(symbols, background.classes.numpy(), whole), [lattice for lattice, _, _ in residuals])
+    networks = [Network(TileSpec("background", settings.layers, lanes), whole, background.step, stream)]
+    networks += [Network(TileSpec("residual"), lattice.rect, step, b"", FEATHER, number) for lattice, step, number in residuals]
+    return pack_measured(picture, networks, "cpu", shared_hash=coder.dictionary.key, shared={coder.dictionary.key: coder.dictionary})
+
+
+def analyse(analysis: Analysis, source: Tensor) -> Tensor:
+    """Latents of a picture, in bands where it is large.
+
+    Args:
+        analysis: The network.
+        source: Grey levels around 0, `(3, H, W)`.
+
+    Returns:
+        `(C, h, w)`, one column for each tile of 16 x 16 pixels that the picture touches.
+    """
+    height, width = source.shape[1:]
+    padded = F.pad(source[None], (0, -width % TILE, 0, -height % TILE), mode="replicate")
+    if height * width <= LARGE:
+        return _latents(analysis, padded)
+    rows = padded.shape[2] // TILE
+    parts = []
+    for first in range(0, rows, BAND_TILES):
+        low, high = max(0, first - HALO_TILES), min(rows, first + BAND_TILES + HALO_TILES)
+        part = _latents(analysis, padded[:, :, low * TILE : high * TILE])
+        parts.append(part[:, first - low : min(rows, first + BAND_TILES) - low])
+    return torch.cat(parts, 1)
+
+
+def _latents(analysis: Analysis, padded: Tensor) -> Tensor:
+    found: Tensor = analysis(padded)[0]
+    return found
+
+
+def _search(coder: Coder, latents: Tensor, source: Tensor, target: float, settings: Settings) -> Coded:
+    """The coarsest step that reaches a PSNR, or the finest there is."""
+
+    def measure(step: float) -> tuple[Coded, float]:
+        coded = _trial(coder, latents, source, step, settings)
+        return coded, coded.psnr
+
+    return search(measure, target, FIRST_STEP, LEAST_STEP, MOST_STEP)
+
+
+def search(measure: Callable[[float], tuple[T, float]], target: float, first: float, least: float, most: float) -> T:
+    """The coarsest step that reaches a PSNR in a few trials; what comes nearest where none does.
+
+    Args:
+        measure: What a step gives, and its PSNR.
+        target: In dB.
+        first, least, most: The first step to try, and the range of steps.
+    """
+    low: tuple[float, float] | None = None  # logarithm of the coarsest step known to be fine enough, and its PSNR
+    high: tuple[float, float] | None = None
+    best: tuple[float, T] | None = None
+    at = math.log10(first)
+    for _ in range(TRIALS):
+        found, psnr = measure(10**at)
+        enough = psnr >= target
+        if best is None or (enough and (best[0] < target or psnr < best[0])) or (not enough and best[0] < target and psnr > best[0]):
+            best = (psnr, found)
+        if enough:
+            low = (at, psnr)
+        else:
+            high = (at, psnr)
+        if enough and psnr <= target + CLOSE:
+            break
+        if low is not None and high is not None:
+            share = (low[1] - target - CLOSE / 2) / max(low[1] - high[1], 1e-6)
+            at = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
+        else:
+            at += (psnr - target - CLOSE / 2) / SLOPE
+            if (low or high) and abs(psnr - target) < 0.5:
+                at += 0.02 if enough else -0.02  # a little too far, so that there are two sides
+        if at <= math.log10(least):
+            if high is not None and high[0] <= math.log10(least):
+                break
+            at = math.log10(least)
+        if at >= math.log10(most):
+            if low is not None and low[0] >= math.log10(most):
+                break
+            at = math.log10(most)
+    assert best is not None
+    return best[1]
+
+
+def _trial(coder: Coder, latents: Tensor, source: Tensor, step: float, settings: Settings) -> Coded:
+    """Quantise with a step, refine, decode and measure."""
+    columns, predicted = latents.shape[2], coder.dictionary.predicted
+    values = latents.flatten(1).T / step
+    none = torch.full((len(values),), NONE)
+    integers, classes = quantise(coder.background, values, coder.energy, STRENGTH, columns, none, predicted)
+    weights = dict(coder.dictionary.filter) if settings.layers == 2 else None
+    if settings.refine:
+        integers, classes = _refine(coder, integers, classes, source, latents.shape[1:], step, weights, settings.refine)
+    image = picture(integers.T.unflatten(1, latents.shape[1:]), coder.dictionary.basis, weights, step)
+    image = image[:, : source.shape[1], : source.shape[2]]
+    error = (image.add(127.5).round_().clamp_(0, 255) - 127.5 - source).square().mean()
+    return Coded(integers, classes, step, image, psnr_of(float(error.detach())))
+
+
+def _refine(
+    coder: Coder, integers: Tensor, classes: Tensor, source: Tensor, shape: Sequence[int], step: float, weights: Mapping[str, Tensor] | None, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Move latents down the gradient of the picture's squared error wherever that is worth the bits; see `latents.improve`."""
+    height, width = source.shape[1:]
+    padded = F.pad(source[None], (0, -width % TILE, 0, -height % TILE), mode="replicate")
+
+    def gradient(integers: Tensor) -> Tensor:
+        with torch.enable_grad():
+            values = (integers.T.unflatten(1, list(shape))[None] * step).requires_grad_()
+            image = synthesise(values, coder.dictionary.basis)
+            if weights is not None:
+                image = smooth(image / UNIT, weights, torch.full((1,), step / TYPICAL_STEP)) * UNIT
+            (found,) = torch.autograd.grad((image - padded).square().sum(), values)
+        return found[0].flatten(1).T / step  # of the error in steps
+
+    return improve(coder.background, integers, classes, gradient, coder.energy, STRENGTH, int(shape[1]), coder.dictionary.predicted, steps)
+
+
+def _residuals(
+    coder: Coder,
+    picture: Picture,
+    source: Tensor,
+    background: Coded,
+    rects: Sequence[tuple[int, Rect]],
+    target: float | None,
+    coarser: float,
+) -> tuple[list[tuple[Lattice, float, int]], bool]:
+    """Residuals in their order, each against the background and those before it, and whether all objects reach the target."""
+    if target is None:
+        return [], True
+    size = (source.shape[1], source.shape[2])
+    columns = lattice_of((0, 0, size[1], size[0]), TILE)[1]
+    shown = background.image.clone()
+    found, reached = [], True
+    for number, rect in rects:
+        x0, y0, x1, y1 = rect
+        inner = torch.from_numpy(box_mask(picture.stored_boxes[number][None] - [x0, y0, x0, y0], y1 - y0, x1 - x0))
+        wanted, now = source[:, y0:y1, x0:x1], shown[:, y0:y1, x0:x1]
+        if _psnr(now, wanted, inner) >= target:
+            continue
+        padding = (0, -(x1 - x0) % RESIDUAL_TILE, 0, -(y1 - y0) % RESIDUAL_TILE)
+        blocks = blocks_of(F.pad((wanted - now)[None], padding, mode="replicate")[0])
+        values = blocks.flatten(1) @ coder.dictionary.residual_basis.flatten(1).T
+        extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
+        weight = weight_of(rect, FEATHER, size, source.device)
+        measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
+        integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
+        if coarser > 1:
+            integers, classes, step, image = measure(step * coarser)[0]
+        reached &= _psnr(image, wanted, inner) >= target
+        shown[:, y0:y1, x0:x1] = image
+        found.append((Lattice(integers.long().numpy(), classes.numpy(), rect), step, number))
+    return found, reached
+
+
+_Trial = tuple[Tensor, Tensor, float, Tensor]  # integers, classes, step, what the rectangle then shows
+
+
+def _residual_trial(
+    coder: Coder, values: Tensor, extra: Tensor, rect: Rect, weight: Tensor, now: Tensor, wanted: Tensor, inner: Tensor
+) -> Callable[[float], tuple[_Trial, float]]:
+    """What a residual becomes with a step, and the PSNR of its object then."""
+    columns = lattice_of(rect, RESIDUAL_TILE)[1]
+    ones = torch.ones(RESIDUAL_CHANNELS)
+
+    def measure(step: float) -> tuple[_Trial, float]:
+        integers, classes = quantise(coder.residual, values / step, ones, RESIDUAL_STRENGTH, columns, extra)
+        image = now + residual(integers, coder.dictionary.residual_basis, step, rect) * weight
+        return (integers, classes, step, image), _psnr(image, wanted, inner)
+
+    return measure
+
+
+def _psnr(image: Tensor, wanted: Tensor, mask: Tensor) -> float:
+    """PSNR of the masked pixels of grey levels around 0, as a reader will see them."""
+    seen = image.add(127.5).round_().clamp_(0, 255) - 127.5
+    return psnr_of(float((seen - wanted).square()[:, mask].mean()))

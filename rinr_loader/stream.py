@@ -1,0 +1,205 @@
+"""The entropy-coded stream of a `tile` bundle: classes of the background's tiles, classes of the residuals' tiles, all symbols, escapes.
+
+Tiles are listed row by row, the background's first, then each residual's. Within a tile, symbols stand in the order of the channels; a group
+of class 0 has none. What does not fit its table follows behind the last word as int16. docs/FORMAT.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rinr_loader.codecs import rans
+from rinr_loader.codecs.tile import RESIDUAL_TILE, TILE, lattice_of
+from rinr_loader.dictionary import CONTEXTS, Dictionary, Prior
+from rinr_loader.errors import BundleError
+
+NONE = CONTEXTS - 1  # the context of what has no neighbour
+ESCAPED = np.dtype("<i2")
+LARGEST = 32767
+# A lane costs 3 bytes, and below about 2,000 symbols more of them hardly save time (benchmarks/rans.py).
+SYMBOLS_A_LANE, MOST_LANES = 2048, 64
+
+Rect = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Latents of the background, or of one residual.
+
+    Args:
+        symbols: What is coded (differences where the prior predicts), int64 `(T, C)`.
+        classes: Of each tile and group, `(T, groups)`; where one is 0, so are the symbols of its group.
+        rect: Stored pixels that it covers.
+    """
+
+    symbols: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    rect: Rect
+
+
+def write_stream(dictionary: Dictionary, background: Lattice, residuals: Sequence[Lattice]) -> tuple[bytes, int]:
+    """Code the latents of one picture.
+
+    Returns:
+        The stream, and the number of its lanes.
+    """
+    lists = [_symbols(dictionary, dictionary.background, background)]
+    lists += [_symbols(dictionary, dictionary.residual, part) for part in residuals]
+    values, tables, escaped = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+    lanes = 1 << max(0, min(MOST_LANES, len(values) // SYMBOLS_A_LANE).bit_length() - 1)
+    columns = lattice_of(background.rect, TILE)[1]
+    steps = [_class_steps(dictionary.background, [background], lanes, np.full(len(background.classes), NONE), TILE)]
+    if residuals:
+        extra = np.concatenate([context_below(dictionary.background, background.classes, columns, part.rect) for part in residuals])
+        steps.append(_class_steps(dictionary.residual, residuals, lanes, extra, RESIDUAL_TILE))
+    dealt = rans.deal(tables, lanes)
+    steps.append((np.where(dealt < 0, 0, rans.deal(values, lanes)), dealt))
+    symbols, rows = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    return rans.encode([symbols], [rows], dictionary.tables)[0] + escaped.astype(ESCAPED).tobytes(), lanes
+
+
+def read_streams(
+    dictionary: Dictionary,
+    data: NDArray[np.uint8],
+    spans: Sequence[tuple[int, int]],
+    lanes: Sequence[int],
+    rects: Sequence[Sequence[Rect]],
+    names: Sequence[str],
+) -> list[list[NDArray[np.int64]]]:
+    """Decode the latents of pictures that share a dictionary.
+
+    Args:
+        dictionary: What they name.
+        data: Where the streams lie.
+        spans: First byte of each stream and the one behind its last.
+        lanes: Of each.
+        rects: For each picture, the stored pixels of its background and of each residual.
+        names: What an error calls each picture.
+
+    Returns:
+        For each picture the latents of its background `(T, C)` and of each residual `(T, 192)`, in steps.
+
+    Raises:
+        BundleError: A stream is damaged.
+    """
+    shapes = [[lattice_of(rect, RESIDUAL_TILE if i else TILE) for i, rect in enumerate(mine)] for mine in rects]
+    starts, ends = (np.array([span[i] for span in spans], np.int64) for i in range(2))
+    decoder = rans.Decoder(data, starts, ends, np.array(lanes), dictionary.tables)
+    backgrounds = _decode_classes(decoder, dictionary.background, [mine[:1] for mine in shapes], None)
+    extra = [
+        [context_below(dictionary.background, classes, mine[0][1], rect) for rect in boxes[1:]]
+        for classes, mine, boxes in zip(backgrounds, shapes, rects, strict=True)
+    ]
+    below = _decode_classes(decoder, dictionary.residual, [mine[1:] for mine in shapes], extra)
+    masks, tables = [], []
+    for classes, inside in zip(backgrounds, below, strict=True):
+        for prior, chosen in ((dictionary.background, classes), (dictionary.residual, inside)):
+            mask, rows = _coded(prior, chosen)
+            masks.append(mask)
+            tables.append(rows)
+    counts = [len(tables[2 * i]) + len(tables[2 * i + 1]) for i in range(len(rects))]
+    listed = np.concatenate(tables) if tables else np.zeros(0, np.int64)
+    symbols = rans.decode_symbols(decoder, listed, counts).astype(np.int64)
+    radius = dictionary.radius[listed]
+    escaped = symbols == 2 * radius + 1
+    values = symbols - radius
+
+    ends_of = np.cumsum(counts)
+    found = []
+    position, sound = decoder.position, decoder.intact(escapes_of(escaped, ends_of, counts) * ESCAPED.itemsize)
+    for i, (end, count, name) in enumerate(zip(ends_of.tolist(), counts, names, strict=True)):
+        mine = slice(end - count, end)
+        if not sound[i]:
+            raise BundleError(f"{name}: expected a stream that decodes to its end, got a damaged one; fetch or convert it again")
+        where = np.flatnonzero(escaped[mine])
+        start = int(starts[i] + position[i])
+        values[mine][where] = np.frombuffer(data[start : start + ESCAPED.itemsize * len(where)].tobytes(), ESCAPED)
+        first, at = [], end - count
+        for mask, channels in ((masks[2 * i], dictionary.channels), (masks[2 * i + 1], dictionary.residual_basis.shape[0])):
+            latents = np.zeros((len(mask), channels), np.int64)
+            size = int(mask.sum())
+            latents[mask] = values[at : at + size]
+            at += size
+            first.append(latents)
+        rows, columns = shapes[i][0]
+        sums = first[0][:, : dictionary.predicted].reshape(rows, columns, -1)
+        sums[:, 0] = sums[:, 0].cumsum(0)
+        first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(rows * columns, -1)
+        sizes = [a * b for a, b in shapes[i][1:]]
+        found.append([first[0], *np.split(first[1], np.cumsum(sizes)[:-1])] if sizes else [first[0]])
+    return found
+
+
+def escapes_of(escaped: NDArray[np.bool_], ends: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
+    """How many escapes each picture has."""
+    before = np.concatenate([[0], np.cumsum(escaped)])
+    total: NDArray[np.int64] = before[ends] - before[ends - np.array(counts, np.int64)]
+    return total
+
+
+def context_below(prior: Prior, classes: NDArray[np.integer], columns: int, rect: Rect) -> NDArray[np.int64]:
+    """Context for a residual's tiles: how busy the background is under the middle of each.
+
+    Args:
+        prior: Of the background.
+        classes: Of its tiles, `(T, groups)`.
+        columns: Tiles of a row.
+        rect: Stored pixels of the residual.
+
+    Returns:
+        The mean bucket of all groups but the first, rounded, one for each tile of the residual, row by row.
+    """
+    chosen = classes[:, -max(1, len(prior.ends) - 1) :]
+    groups = chosen.shape[1]
+    buckets = prior.buckets[np.arange(len(prior.ends))[-groups:], chosen].astype(np.int64)
+    busy = ((2 * buckets.sum(1) + groups) // (2 * groups)).reshape(-1, columns)
+    rows, across = lattice_of(rect, RESIDUAL_TILE)
+    y = np.minimum((rect[1] + RESIDUAL_TILE * np.arange(rows) + RESIDUAL_TILE // 2) // TILE, len(busy) - 1)
+    x = np.minimum((rect[0] + RESIDUAL_TILE * np.arange(across) + RESIDUAL_TILE // 2) // TILE, columns - 1)
+    return busy[y[:, None], x].ravel()
+
+
+def _symbols(dictionary: Dictionary, prior: Prior, lattice: Lattice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Symbols, their tables, and the values behind the escapes."""
+    mask, tables = _coded(prior, lattice.classes)
+    values = np.clip(lattice.symbols[mask], -LARGEST, LARGEST)
+    radius = dictionary.radius[tables]
+    fits = np.abs(values) <= radius
+    return np.where(fits, values + radius, 2 * radius + 1), tables, values[~fits]
+
+
+def _coded(prior: Prior, classes: NDArray[np.integer]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which channels of which tiles have a symbol, `(T, C)`, and the table of each."""
+    spread = classes[:, prior.group_of]
+    mask = spread > 0
+    tile, channel = mask.nonzero()
+    return mask, prior.tables[spread[tile, channel], channel]
+
+
+def _class_steps(
+    prior: Prior, lattices: Sequence[Lattice], lanes: int, extra: NDArray[np.int64], tile: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    classes = np.concatenate([part.classes for part in lattices])
+    left = _has_left([lattice_of(part.rect, tile) for part in lattices])
+    return rans.class_steps(classes, left, extra, lanes, base=prior.first_table, buckets=prior.buckets, contexts=CONTEXTS)
+
+
+def _has_left(shapes: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    return np.concatenate([np.tile(np.arange(columns) > 0, rows) for rows, columns in shapes]) if shapes else np.zeros(0, np.bool_)
+
+
+def _decode_classes(
+    decoder: rans.Decoder, prior: Prior, shapes: Sequence[Sequence[tuple[int, int]]], extra: Sequence[Sequence[NDArray[np.int64]]] | None
+) -> list[NDArray[np.uint8]]:
+    counts = [sum(rows * columns for rows, columns in mine) for mine in shapes]
+    left, context = np.zeros((len(shapes), max(counts, default=0)), np.bool_), np.full((len(shapes), max(counts, default=0)), NONE)
+    for i, (mine, count) in enumerate(zip(shapes, counts, strict=True)):
+        left[i, :count] = _has_left(mine)
+        if extra is not None and count:
+            context[i, :count] = np.concatenate(extra[i])
+    found = rans.decode_classes(decoder, counts, left, context, base=prior.first_table, buckets=prior.buckets, contexts=CONTEXTS)
+    return [classes[:count] for classes, count in zip(found, counts, strict=True)]

@@ -1,0 +1,103 @@
+"""The surfaces of samples of the family `tile`: streams to latents, latents to colour, residuals on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rinr_loader.bundle import TileSpec
+from rinr_loader.codecs.tile import picture, residual, scaled_basis
+from rinr_loader.dictionary import Dictionary, find
+from rinr_loader.reader import ShardBuffer
+from rinr_loader.stream import Rect, read_streams
+from rinr_loader.view import feather
+
+LINEAR = 4  # the coarsest basis; beyond it pictures are averaged
+
+
+def tile_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[int]) -> list[Tensor]:
+    """The surfaces of samples of the family `tile`; see `surfaces`.
+
+    At 1/2 and below `tile-2` is not filtered: halving its size takes away most of what the filter mends.
+
+    Args:
+        buffer: Where they are.
+        samples: Which, in any order; the stream of one that stands in several places is decoded once.
+        reduce: k of each.
+
+    Raises:
+        BundleError: A stream is damaged, or its shared parameters are not there.
+    """
+    distinct = sorted(set(samples))
+    dictionaries = {sample: _dictionary(buffer, sample) for sample in distinct}
+    first, last = buffer.network_start[distinct].tolist(), buffer.network_start[[s + 1 for s in distinct]].tolist()
+    latents: dict[int, list[Tensor]] = {}
+    rects: dict[int, list[Rect]] = {}
+    data = (buffer.data.cpu() if buffer.host is None else buffer.host).numpy()
+    for dictionary in {one.sha256: one for one in dictionaries.values()}.values():
+        mine = [i for i, sample in enumerate(distinct) if dictionaries[sample] is dictionary]
+        spans, lanes = [], []
+        for i in mine:
+            offset = int(buffer.network_offset[first[i]])
+            spans.append((offset, offset + int(buffer.network_bytes[first[i]])))
+            spec = buffer.groups[int(buffer.network_group[first[i]])]
+            assert isinstance(spec, TileSpec)
+            lanes.append(spec.lanes)
+            rects[distinct[i]] = [(a, b, c, d) for a, b, c, d in buffer.rect[first[i] : last[i]].long().tolist()]
+        names = [f"{buffer.keys[distinct[i]]}.rinr" for i in mine]
+        found = read_streams(dictionary, data, spans, lanes, [rects[distinct[i]] for i in mine], names)
+        for i, parts in zip(mine, found, strict=True):
+            latents[distinct[i]] = [torch.from_numpy(part).float().to(buffer.device) for part in parts]
+    row = dict(zip(distinct, first, strict=True))
+    return [_surface(buffer, row[s], dictionaries[s], latents[s], rects[s], k) for s, k in zip(samples, reduce, strict=True)]
+
+
+def _dictionary(buffer: ShardBuffer, sample: int) -> Dictionary:
+    key = buffer.shared_hash[sample]
+    found = buffer.shared.get(key)
+    return found if isinstance(found, Dictionary) else find(key, f"{buffer.keys[sample]}.rinr")
+
+
+def _surface(buffer: ShardBuffer, row: int, dictionary: Dictionary, latents: Sequence[Tensor], rects: Sequence[Rect], k: int) -> Tensor:
+    """One surface: the background at 1/k, and the block means of its residuals."""
+    height, width = rects[0][3], rects[0][2]
+    spec = buffer.groups[int(buffer.network_group[row])]
+    assert isinstance(spec, TileSpec)
+    scale, feathers = buffer.scale[row : row + len(rects)].tolist(), buffer.feather[row : row + len(rects)].tolist()
+    rows, columns = -(-height // 16), -(-width // 16)
+    device = buffer.device
+    basis = scaled_basis(dictionary.basis.to(device), min(k, LINEAR))
+    weights = {name: value.to(device) for name, value in dictionary.filter.items()} if spec.layers == 2 and k == 1 else None
+    image = picture(latents[0].T.unflatten(1, (rows, columns)), basis, weights, scale[0])
+    if k > LINEAR:
+        image = F.avg_pool2d(image, k // LINEAR)
+    image = image[:, : -(-height // k), : -(-width // k)].contiguous()
+    for part, rect, step, ramp in zip(latents[1:], rects[1:], scale[1:], feathers[1:], strict=True):
+        weight = weight_of(rect, ramp, (height, width), device)
+        _add(image, residual(part, dictionary.residual_basis.to(device), step, rect) * weight, rect, (height, width), k)
+    return image.add_(127.5).div_(255)
+
+
+def weight_of(rect: Rect, ramp: float, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Feather of a residual at the centres of its pixels, `(y1 - y0, x1 - x0)`."""
+    x0, y0, x1, y1 = rect
+    y, x = torch.meshgrid(torch.arange(y0, y1, device=device) + 0.5, torch.arange(x0, x1, device=device) + 0.5, indexing="ij")
+    points, corners = torch.stack([x.flatten(), y.flatten()])[None], torch.tensor([rect], device=device).float()
+    return feather(points, corners, torch.tensor([float(ramp)], device=device), torch.tensor([size], device=device)).view(y1 - y0, -1)
+
+
+def _add(image: Tensor, change: Tensor, rect: Rect, size: tuple[int, int], k: int) -> None:
+    """Add a rectangle of the picture to its surface at 1/k."""
+    x0, y0, x1, y1 = rect
+    left, top = x0 // k, y0 // k
+    if k > 1:
+        padding = (x0 - left * k, -x1 % k, y0 - top * k, -y1 % k)
+        change = F.avg_pool2d(F.pad(change, padding)[None], k)[0]
+        for axis, start in ((1, top), (2, left)):  # the picture's last pixels may be means of fewer than k
+            first = (start + torch.arange(change.shape[axis], device=change.device)) * k
+            share = k / (size[axis - 1] - first).clamp(max=k)
+            change = change * (share[:, None] if axis == 1 else share)
+    image[:, top : top + change.shape[1], left : left + change.shape[2]] += change
