@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
+from typer.core import TyperCommand
 
 from rinr_loader import __version__
 from rinr_loader.console import Meter, bytes_text, psnr_text, result, result_json, result_table, tell, warn
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from rinr_loader.specs import Family
 
 P = ParamSpec("P")
+
+FIT_STEPS = 2000  # of --fit-dictionary where it names none
 
 app = typer.Typer(
     name="rinr",
@@ -130,6 +134,16 @@ Device = Annotated[str | None, typer.Option(callback=_device, metavar="cpu|cuda"
 Limit = Annotated[int | None, typer.Option(min=1, help="Samples of each split, at most.")]
 
 
+class _OptionalSteps(TyperCommand):
+    """A command whose --fit-dictionary may stand without its number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for i in reversed([i for i, argument in enumerate(args) if argument == "--fit-dictionary"]):
+            if not re.fullmatch(r"[+-]?\d+", args[i + 1] if i + 1 < len(args) else ""):
+                args.insert(i + 1, str(FIT_STEPS))
+        return super().parse_args(ctx, args)
+
+
 # --- commands ---
 
 
@@ -138,7 +152,7 @@ def options(version: Annotated[bool, typer.Option("--version", callback=_show_ve
     """Convert picture datasets to residual-INR shards, look at them, and check them."""
 
 
-@app.command("convert")
+@app.command("convert", cls=_OptionalSteps)
 @_command("stopped; the same command again continues where it was")
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or file of a picture dataset; its format is detected.")],
@@ -159,6 +173,9 @@ def convert_command(
     max_bytes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Bytes of a sample at most, where it can be; of tile and jpeg.")] = None,
     refine: Annotated[int | None, typer.Option(min=0, metavar="N", help="Steps that refine latents; of tile.", show_default="0")] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=2, metavar="1|2", help="Layers of the synthesis; of tile.", show_default="2")] = None,
+    fit_dictionary: Annotated[
+        int, typer.Option(min=1, metavar="[STEPS]", help="Fit the shared dictionary to the pictures first, 2000 steps; of tile.", show_default=False)
+    ] = 0,
     shard_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a shard.")] = 1024,
     limit: Limit = None,
     val_fraction: Annotated[float, typer.Option(callback=_fraction, metavar="F", help="Share of train that becomes val, if there is none.")] = 0.0,
@@ -184,19 +201,37 @@ def convert_command(
         warn("--val-residuals: the pictures of val and test get better where their labels are; scores on them say more than a detector can do")
     given = {"preset": preset, "mode": mode, "target_psnr": target_psnr, "object_psnr": object_psnr, "seed": seed, "half": amp or None}
     settings = _settings(family, {**given, "max_bytes": max_bytes, "refine": refine, "layers": layers})
+    if fit_dictionary and family != "tile":
+        raise typer.BadParameter(f"is of family tile, and not of {family}; leave it out, or choose --family tile", param_hint="--fit-dictionary")
     job = Job(settings, None if size is None else (size.width, size.height), shard_samples, val_residuals, chosen)
     found = open_source(source_path, source_format=source_format, val_fraction=val_fraction, limit=limit)
     if dry_run:
+        if fit_dictionary:
+            warn("--fit-dictionary: the estimate is made with the shipped dictionary, and leaves out the time of the fit")
         reports.estimate_report(estimate(found, job), as_json=as_json)
         return
-    with Meter("converting") as meter:
-        meter.update(0, len(found.samples))
+    with ExitStack() as stage:
+        meters: dict[str, Meter] = {}
+
+        def meter_of(label: str, unit: str) -> Meter:
+            if label not in meters:
+                stage.close()  # the bar of the stage before
+                meters[label] = stage.enter_context(Meter(label, unit))
+            return meters[label]
+
+        def on_fit(done: int, total: int) -> None:
+            meter_of("fitting the dictionary", "steps").update(done, total)
 
         def on_progress(progress: Progress) -> None:
             note = ", ".join(filter(None, [psnr_text(progress.psnr) if progress.psnr else "", bytes_text(progress.bytes) if progress.bytes else ""]))
-            meter.update(progress.done, progress.total, before=progress.resumed, note=note)
+            meter_of("converting", "images").update(progress.done, progress.total, before=progress.resumed, note=note)
 
-        report = convert(found, dest_path, job, workers=workers or _workers(chosen), strict=strict, on_progress=on_progress)
+        if not fit_dictionary:
+            meter_of("converting", "images").update(0, len(found.samples))
+        processes = workers or _workers(chosen)
+        report = convert(
+            found, dest_path, job, workers=processes, strict=strict, fit_dictionary=fit_dictionary, on_progress=on_progress, on_fit=on_fit
+        )
     reports.convert_report(report, as_json=as_json)
 
 
@@ -333,6 +368,61 @@ def bench(
     result(f"{speeds.device}, torch {speeds.torch}, {speeds.threads} thread(s), {speeds.size[1]}x{speeds.size[0]}")
     rows = [(str(s.batch_size), f"{s.images_per_second:.1f}", f"{s.read_ms:.2f}", f"{s.decode_ms:.2f}") for s in speeds.speeds]
     result_table(("batch", "images/s", "read ms", "decode ms"), rows)
+
+
+@app.command("train-dictionary")
+@_command("stopped; the same command again continues where it was")
+def train_dictionary_command(
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Picture datasets; only their split train is used.")],
+    out: Annotated[str, typer.Option(metavar="NAME.bin", help="The dictionary to write; NAME.analysis comes with it.")],
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Gradient steps.")] = 30_000,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all randomness.")] = 0,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="How often each SOURCE is drawn from, against the others.", show_default="all alike")
+    ] = None,
+    channels: Annotated[int, typer.Option(min=16, max=768, metavar="N", help="Latents of a tile.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Crops of a step.")] = 6,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures of each SOURCE, at most; all are held in memory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train what pictures of the family tile share: basis, filter and tables. Interrupted, the same command continues."""
+    place, paths = _local(out, "--out"), [_local(path, "SOURCE") for path in source]
+    if place.suffix != ".bin":
+        raise typer.BadParameter(f"expected a file NAME.bin, got {out!r}", param_hint="--out")
+    shares = _weights(weights, len(paths))
+    from rinr_loader import reports
+    from rinr_loader.converters import open_source
+    from rinr_loader.train_dictionary import Material, groups_of, train_dictionary
+    from rinr_loader.training import TrainSettings
+
+    settings = TrainSettings(steps=steps, seed=seed, channels=channels, groups=groups_of(channels), batch=batch)
+    found = [Material(path.resolve().name, open_source(path, limit=limit), share) for path, share in zip(paths, shares, strict=True)]
+    with Meter("training", "steps") as meter:
+        before: list[int] = []
+
+        def on_step(done: int) -> None:
+            if not before:
+                before.append(done)
+                tell(f"going on after step {done} of {steps}" if done else f"training for {steps} steps")
+            meter.update(done, steps, before=before[0])
+
+        trained = train_dictionary(found, place, settings, report=reports.curve_row, progress=on_step)
+    reports.trained_report(trained, as_json=as_json)
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    """One positive number for each source."""
+    if text is None:
+        return [1.0] * count
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(0 < weight < float("inf") for weight in found):
+        raise typer.BadParameter(
+            f"expected {count} positive number(s) with commas between, one for each SOURCE, got {text!r}", param_hint="--weights"
+        )
+    return found
 
 
 @app.command()

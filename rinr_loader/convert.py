@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from rinr_loader.errors import ConfigError, ConvertError, ShardError
+from rinr_loader.fit_dictionary import fitted_job, with_dictionary
 from rinr_loader.index import ShardIndex, load_index
 from rinr_loader.lanes import check_device
 from rinr_loader.presets import check_settings
@@ -106,7 +107,9 @@ def convert(
     *,
     workers: int = 1,
     strict: bool = False,
+    fit_dictionary: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
+    on_fit: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Convert a source dataset to a directory of residual-INR shards.
 
@@ -118,7 +121,9 @@ def convert(
         job: Codec settings, size and shards; defaults without it.
         workers: Processes that fit units side by side. The bytes do not depend on it.
         strict: Make the first picture or label that cannot be used an error.
+        fit_dictionary: Steps in which the shipped dictionary is fitted to the pictures of the train split first; of family `tile`.
         on_progress: Called after every picture.
+        on_fit: Called after every step of that fit, with the steps that are done and their number.
 
     Returns:
         What was written and what was left out.
@@ -134,14 +139,21 @@ def convert(
     job, dest = job or Job(), Path(dest)
     check_device(job.device)
     check_settings(job.settings)
+    if fit_dictionary < 0 or (fit_dictionary and job.settings.family != "tile"):
+        wrong = f"{fit_dictionary} with family {job.settings.family}"
+        raise ConfigError(f"fit_dictionary: expected steps with family tile, or 0, got {wrong}; leave it out, or choose family tile")
+    job = with_dictionary(job)
     units = plan_units(source.samples, job.shard_samples)
     check_labels(source)
     if strict and source.problems:
         raise strict_error(source.problems[0])
-    work = _open(dest, _fingerprint(source, job))
+    asked = _fingerprint(source, job) | ({"fit_dictionary": fit_dictionary} if fit_dictionary else {})
+    work = _open(dest, asked)
     if work is not None:
+        if fit_dictionary:
+            job = fitted_job(source, job, fit_dictionary, work, lambda step: on_fit(step, fit_dictionary) if on_fit else None)
         _Run(work, job, units, strict, on_progress).run(workers)
-        _assemble(source, dest, work, job, units)
+        _assemble(source, dest, work, job, units, asked)
         _clean(dest)
     return _report(dest, time.monotonic() - started)
 
@@ -273,7 +285,7 @@ class _Run:
             self.on_progress(Progress(self.done, sum(len(u.samples) for u in self.units), self.resumed, self.bytes, mean))
 
 
-def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[Unit]) -> None:
+def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[Unit], asked: dict[str, Any]) -> None:
     """Join units to shards, then describe them; `dataset.json` comes last and makes the directory a dataset."""
     shared = write_shared(dest, job.shared, work)
     splits: dict[str, list[tuple[dict[str, Any], ShardIndex]]] = {}
@@ -297,7 +309,7 @@ def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[
     for report in reports:
         dropped.update(report.dropped)
     about = {"format": source.format, "bytes": sum(r.source_bytes for r in reports)}
-    codec = {**job.describe(), "job": _fingerprint(source, job)}
+    codec = {**job.describe(), "job": asked}
     missed = [entry for report in reports for entry in report.missed]
     write_bytes(dest / REPORT, dump_json({"problems": problems, "missed": missed, "dropped_boxes": dict(dropped)}), work)
     write_bytes(dest / "data.yaml", data_yaml(splits, source.names), work)

@@ -17,6 +17,8 @@ from rinr_loader.verify import Verification
 
 if TYPE_CHECKING:
     from rinr_loader.demo import DemoReport
+    from rinr_loader.train_dictionary import Trained
+    from rinr_loader.train_state import Row
 
 BLURRED = 3.0  # dB
 TOLD = 10  # problems that are told one by one
@@ -44,6 +46,26 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     _warn_of_blurred_objects(report)
     if report.dropped_boxes:
         result("  boxes left out  " + ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped_boxes.items())))
+
+
+def curve_row(row: Row) -> None:
+    """Tell a row of a validation curve: bits a pixel and PSNR, linear and filtered, at a few quantization steps."""
+    rates = [f"{r['bpp']:.3f} bpp {r['linear_psnr']:.2f} / {r['filtered_psnr']:.2f} dB" for r in row["rates"]]
+    tell(f"validation after {row['step']} steps: {', '.join(rates)}")
+
+
+def trained_report(trained: Trained, *, as_json: bool) -> None:
+    """Tell what a training wrote and what it left out."""
+    if trained.problems:
+        warn(f"{len(trained.problems)} picture(s) left out:")
+        _tell_first(trained.problems)
+    if as_json:
+        result_json(asdict(trained))
+        return
+    result(f"{trained.dictionary}: {bytes_text(trained.bytes)}, SHA-256 {trained.sha256}")
+    result(f"{trained.analysis}: what encoding with it needs")
+    for source in trained.about["sources"]:
+        result(f"  {source['name']}  {source['pictures']} pictures, {source['held_out']} held out, weight {source['weight']:g}")
 
 
 def _tell_first(problems: Sequence[Problem]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rinr_loader.analysis import is_analysis
 from rinr_loader.dictionary import HASH_BYTES, Dictionary, load
 from rinr_loader.errors import ShardError
 from rinr_loader.writer import hash_file, make_folder, write_bytes
@@ -86,6 +87,8 @@ def check_shared(root: Path, metadata: Mapping[str, Any]) -> None:
 def load_shared(root: Path, metadata: Mapping[str, Any]) -> dict[bytes, Dictionary]:
     """The shared parameters of a dataset, by the hash that bundles name them by.
 
+    A dictionary's analysis, which lies beside one that was fitted to the dataset, is checked by its hash alone: decoding does without it.
+
     Raises:
         ConfigError: A file is of another version than this build reads, or no file of shared parameters.
         ShardError: A file is gone or damaged.
@@ -93,7 +96,8 @@ def load_shared(root: Path, metadata: Mapping[str, Any]) -> dict[bytes, Dictiona
     found = {}
     for sha256 in listed(metadata):
         data = _read(path_of(root, sha256), sha256)
-        found[bytes.fromhex(sha256)[:HASH_BYTES]] = load(data, f"{FOLDER}/{sha256}{SUFFIX}")
+        if not is_analysis(data):
+            found[bytes.fromhex(sha256)[:HASH_BYTES]] = load(data, f"{FOLDER}/{sha256}{SUFFIX}")
     return found
 
 

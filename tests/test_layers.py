@@ -34,7 +34,9 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "writer": {"index", "source"},
     "codecs": {"bundle"},
     "dictionary": {"codecs"},  # what bundles of the family `tile` have in common
-    "shared": {"dictionary", "writer"},
+    "analysis": {"dictionary"},
+    "stream": {"dictionary"},
+    "shared": {"analysis", "writer"},
     "reader": {"dictionary", "index"},
     # where pixels and boxes go
     "geometry": {"errors", "rng"},
@@ -47,7 +49,8 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "fit": {"codecs"},
     "presets": {"fit"},
     "view": {"geometry", "reader"},
-    "surfaces": {"codecs", "view"},
+    "tiles": {"stream", "view"},
+    "surfaces": {"codecs", "tiles"},
     "decode": {"surfaces"},
     "picture": {"quality"},
     "lanes": {"decode", "fit"},
@@ -55,7 +58,9 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "measured": {"decode", "picture"},  # a picture is judged by the decoder itself
     "encode_siren": {"measured", "residuals"},
     "encode_jpeg": {"measured", "presets"},
-    "encode": {"encode_jpeg", "encode_siren"},
+    "latents": {"dictionary"},
+    "encode_tile": {"analysis", "encode_jpeg", "latents", "residuals"},
+    "encode": {"encode_siren", "encode_tile"},
     # the way into a training loop
     "plan": {"index", "rng"},
     "pipeline": {"boxes", "color", "decode", "plan"},
@@ -64,7 +69,14 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     # jobs
     "annotations": {"errors", "source"},
     "units": {"annotations", "encode", "image", "writer"},
-    "convert": {"shared", "units"},
+    # dictionaries from pictures
+    "priors": {"dictionary"},
+    "train_state": {"writer"},
+    "training": {"analysis", "train_state"},
+    "assemble": {"latents", "priors", "stream", "training"},
+    "train_dictionary": {"assemble", "image"},
+    "fit_dictionary": {"train_dictionary", "units"},
+    "convert": {"fit_dictionary", "shared"},
     "pictures": {"dataset"},
     "sheet": set(),
     "info": {"pictures", "sheet"},
