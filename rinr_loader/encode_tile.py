@@ -118,11 +118,10 @@ def coder_of(sha256: str, shared: Mapping[str, bytes]) -> Coder:
             analysis, owner = load_analysis(data, name)
             if owner == sha256:
                 return _coder(load(shared[sha256], sha256), analysis)
-    if sha256 in shared:
-        raise ConfigError(f"dictionary: expected the analysis network of {sha256} beside it, got none; train the dictionary again")
-    if sha256 not in ("", shipped().sha256):
-        raise ConfigError(f"dictionary: expected the file {sha256} among the shared parameters, got {sorted(shared)}; pass it with its analysis")
-    return _shipped_coder()
+    if sha256 in ("", shipped().sha256):
+        return _shipped_coder()
+    what = "its analysis network beside it" if sha256 in shared else f"it among the shared parameters {sorted(shared)}"
+    raise ConfigError(f"dictionary {sha256}: expected {what}, got none; pass both files, or train the dictionary again")
 
 
 @cache

@@ -65,7 +65,7 @@ def smooth(image: Tensor, weights: Mapping[str, Tensor], step: Tensor) -> Tensor
         weights: `filter.{0,1,2}.{weight,bias}`, and `filter.{0,1}.step`: what the logarithm of the step adds to a channel.
         step: The latents' step for each image, `(N,)`.
     """
-    hidden = F.pixel_unshuffle(image, 2)
+    hidden = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)  # so few channels take a CPU 1.6 times as long the other way
     level = step.log()[:, None, None, None]
     for i in range(2):
         hidden = F.conv2d(hidden, weights[f"filter.{i}.weight"], weights[f"filter.{i}.bias"], padding=1)
