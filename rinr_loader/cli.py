@@ -174,8 +174,8 @@ def convert_command(
     refine: Annotated[int | None, typer.Option(min=0, metavar="N", help="Steps that refine latents; of tile.", show_default="0")] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=2, metavar="1|2", help="Layers of the synthesis; of tile.", show_default="2")] = None,
     fit_dictionary: Annotated[
-        int, typer.Option(min=1, metavar="[STEPS]", help="Fit the shared dictionary to the pictures first, 2000 steps; of tile.", show_default=False)
-    ] = 0,
+        int | None, typer.Option(min=1, metavar="[STEPS]", help="Fit the shared dictionary to the pictures first, 2000 steps; of tile.")
+    ] = None,
     shard_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a shard.")] = 1024,
     limit: Limit = None,
     val_fraction: Annotated[float, typer.Option(callback=_fraction, metavar="F", help="Share of train that becomes val, if there is none.")] = 0.0,
@@ -230,7 +230,7 @@ def convert_command(
             meter_of("converting", "images").update(0, len(found.samples))
         processes = workers or _workers(chosen)
         report = convert(
-            found, dest_path, job, workers=processes, strict=strict, fit_dictionary=fit_dictionary, on_progress=on_progress, on_fit=on_fit
+            found, dest_path, job, workers=processes, strict=strict, fit_dictionary=fit_dictionary or 0, on_progress=on_progress, on_fit=on_fit
         )
     reports.convert_report(report, as_json=as_json)
 
