@@ -37,7 +37,8 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
         tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"step": step, "curve": curve, "about": about})
-    write_bytes(path, safetensors.save(tensors, {"training": text, "sha256": _digest(tensors, text)}))
+    # One entry: with two, safetensors would write them in any order.
+    write_bytes(path, safetensors.save(tensors, {"training": json.dumps({"state": text, "sha256": _digest(tensors, text)})}))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]) -> tuple[int, list[Row]]:
@@ -52,10 +53,10 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, a
     try:
         data = path.read_bytes()
         tensors = safetensors.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        if metadata["sha256"] != _digest(tensors, metadata["training"]):
+        metadata = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["training"])
+        if metadata["sha256"] != _digest(tensors, metadata["state"]):
             raise ValueError("content that its hash does not fit")
-        found = json.loads(metadata["training"])
+        found = json.loads(metadata["state"])
         _check_same(path, found["about"], json.loads(json.dumps(about)))
         model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
         moments: dict[int, dict[str, Tensor]] = {}
