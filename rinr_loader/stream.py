@@ -50,7 +50,8 @@ def write_stream(dictionary: Dictionary, background: Lattice, residuals: Sequenc
     lists = [_symbols(dictionary, dictionary.background, background)]
     lists += [_symbols(dictionary, dictionary.residual, part) for part in residuals]
     values, tables, escaped = (np.concatenate(parts) for parts in zip(*lists, strict=True))
-    lanes = 1 << max(0, min(MOST_LANES, len(values) // SYMBOLS_A_LANE).bit_length() - 1)
+    coded = len(values) + sum(part.classes.size for part in (background, *residuals))
+    lanes = 1 << max(0, min(MOST_LANES, coded // SYMBOLS_A_LANE).bit_length() - 1)
     columns = lattice_of(background.rect, TILE)[1]
     steps = [_class_steps(dictionary.background, [background], lanes, np.full(len(background.classes), NONE), TILE)]
     if residuals:
@@ -108,7 +109,7 @@ def read_streams(
     escaped = symbols == 2 * radius + 1
     values = symbols - radius
 
-    ends_of = np.cumsum(counts)
+    ends_of = np.cumsum(counts, dtype=np.int64)
     found = []
     position, sound = decoder.position, decoder.intact(escapes_of(escaped, ends_of, counts) * ESCAPED.itemsize)
     for i, (end, count, name) in enumerate(zip(ends_of.tolist(), counts, names, strict=True)):
@@ -125,10 +126,9 @@ def read_streams(
             latents[mask] = values[at : at + size]
             at += size
             first.append(latents)
-        rows, columns = shapes[i][0]
-        sums = first[0][:, : dictionary.predicted].reshape(rows, columns, -1)
+        sums = first[0][:, : dictionary.predicted].reshape(*shapes[i][0], dictionary.predicted)
         sums[:, 0] = sums[:, 0].cumsum(0)
-        first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(rows * columns, -1)
+        first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(len(first[0]), dictionary.predicted)
         sizes = [a * b for a, b in shapes[i][1:]]
         found.append([first[0], *np.split(first[1], np.cumsum(sizes)[:-1])] if sizes else [first[0]])
     return found
@@ -160,7 +160,8 @@ def context_below(prior: Prior, classes: NDArray[np.integer], columns: int, rect
     rows, across = lattice_of(rect, RESIDUAL_TILE)
     y = np.minimum((rect[1] + RESIDUAL_TILE * np.arange(rows) + RESIDUAL_TILE // 2) // TILE, len(busy) - 1)
     x = np.minimum((rect[0] + RESIDUAL_TILE * np.arange(across) + RESIDUAL_TILE // 2) // TILE, columns - 1)
-    return busy[y[:, None], x].ravel()
+    context: NDArray[np.int64] = busy[y[:, None], x].ravel()
+    return context
 
 
 def _symbols(dictionary: Dictionary, prior: Prior, lattice: Lattice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -45,7 +45,9 @@ def _overlap(cells: Tensor, tiles: int, parts: int) -> Tensor:
     first, middle, last = cells.unbind(parts)
     nothing = torch.zeros_like(first.narrow(tiles, 0, 1))
     even = torch.cat([first, nothing], tiles) + torch.cat([nothing, last], tiles)
-    return torch.cat([torch.stack([even.narrow(tiles, 0, middle.shape[tiles]), middle], tiles + 1).flatten(tiles, tiles + 1), even.narrow(tiles, -1, 1)], tiles)
+    return torch.cat(
+        [torch.stack([even.narrow(tiles, 0, middle.shape[tiles]), middle], tiles + 1).flatten(tiles, tiles + 1), even.narrow(tiles, -1, 1)], tiles
+    )
 
 
 def _fold(canvas: Tensor, axis: int, reach: int) -> Tensor:
@@ -84,13 +86,15 @@ def blocks_of(image: Tensor) -> Tensor:
     """Cut `(3, 8h, 8w)` into blocks, row by row, `(h * w, 3, 8, 8)`."""
     size = RESIDUAL_TILE
     blocks = image.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # colour, row, y, column, x
-    return blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    listed: Tensor = blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return listed
 
 
 def image_of(blocks: Tensor, columns: int) -> Tensor:
     """The inverse of `blocks_of`."""
     grid = blocks.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # colour, row, y, column, x
-    return grid.flatten(3, 4).flatten(1, 2)
+    image: Tensor = grid.flatten(3, 4).flatten(1, 2)
+    return image
 
 
 BAND = 8192  # tiles that are synthesised together: 7 KB each at full size
