@@ -111,6 +111,11 @@ def _symbol_table(histogram: NDArray[np.float64], mean: float, radius: int) -> N
     full = np.concatenate([sides[::-1], share[:1], sides, [share[radius + 1 :].sum()]])
     table = np.zeros(256, np.uint16)
     table[: len(full)] = integers(full)
+    # What ties gave to one side alone goes to zero: costs are looked up by magnitude.
+    both = table[: 2 * radius + 1]
+    even = np.minimum(both, both[::-1])
+    even[radius] += both.sum(dtype=np.int64) - even.sum(dtype=np.int64)
+    table[: 2 * radius + 1] = even
     return table
 
 
