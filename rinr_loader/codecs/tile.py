@@ -32,7 +32,7 @@ def synthesise(latents: Tensor, basis: Tensor) -> Tensor:
     """
     n, c, h, w = latents.shape
     side = basis.shape[-1] // 3  # half a tile: tile t adds to the cells 2t, 2t + 1 and 2t + 2 of the canvas
-    cells = latents.permute(0, 2, 3, 1).reshape(-1, c) @ basis.reshape(c, -1)
+    cells = latents.permute(0, 2, 3, 1).reshape(n * h * w, c) @ basis.flatten(1)
     cells = cells.view(n, h, w, 3, 3, side, 3, side)  # n, row, column, colour, cell, y, cell, x
     cells = _overlap(cells, 2, 6)
     cells = _overlap(cells, 1, 4)  # n, 2h + 1, 2w + 1, colour, y, x
@@ -124,15 +124,18 @@ def picture(latents: Tensor, basis: Tensor, weights: Mapping[str, Tensor] | None
     used = latents.flatten(1).any(1).nonzero()[:, 0]
     latents, basis = latents[used], basis[used]
     rows = max(1, BAND // width)
-    parts = []
+    image = latents.new_empty(3, height * tile, width * tile)
     for first in range(0, height, rows):
         # One row of tiles more on each side: what a cut would change reaches less far, through basis and filter together.
         low, high = max(0, first - 1), min(height, first + rows + 1)
         part = synthesise(latents[None, :, low:high] * step, basis)
         if weights is not None:
             part = smooth(part / UNIT, weights, torch.full((1,), step / TYPICAL_STEP, device=part.device)) * UNIT
-        parts.append(part[0, :, (first - low) * tile : (min(height, first + rows) - low) * tile])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if rows >= height:
+            return part[0]
+        last = min(height, first + rows)
+        image[:, first * tile : last * tile] = part[0, :, (first - low) * tile : (last - low) * tile]
+    return image
 
 
 def residual(latents: Tensor, basis: Tensor, step: float, rect: tuple[int, int, int, int]) -> Tensor:
