@@ -35,7 +35,7 @@ ship-check: install
 	rm -rf $(SHIP)
 	$(BIN)/python -m build --no-isolation --outdir $(SHIP)/dist . > /dev/null
 	$(BIN)/python -m pip install --quiet --no-deps --target $(SHIP)/site $(SHIP)/dist/*.whl
-	{ find rinr_loader -name '*.py' -o -name py.typed; find converters integrations -name '*.py' | sed 's|^|rinr_loader/|'; } | sort > $(SHIP)/source.txt
-	(cd $(SHIP)/site && find rinr_loader -name '*.py' -o -name py.typed) | sort > $(SHIP)/shipped.txt
+	{ find rinr_loader -name '*.py' -o -name py.typed -o -path '*/dictionaries/*'; find converters integrations -name '*.py' | sed 's|^|rinr_loader/|'; } | sort > $(SHIP)/source.txt
+	(cd $(SHIP)/site && find rinr_loader -name '*.py' -o -name py.typed -o -path '*/dictionaries/*') | sort > $(SHIP)/shipped.txt
 	diff $(SHIP)/source.txt $(SHIP)/shipped.txt || { echo 'The wheel lacks a module (or has one too many): see packages in pyproject.toml.'; exit 1; }
 	cd $(SHIP)/site && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p rinr_loader

@@ -83,7 +83,7 @@ def described(dest: Path) -> dict[str, Any]:
 
 def test_version_and_help() -> None:
     assert done(rinr("--version")).strip() == f"rinr {__version__}"
-    commands = ("convert", "info", "verify", "index", "export", "bench", "demo")
+    commands = ("convert", "info", "verify", "index", "export", "bench", "demo", "train-dictionary")
     assert all(command in done(rinr("--help")) for command in commands)
     for command in commands:
         assert "Usage: rinr" in done(rinr(command, "--help"))
@@ -96,7 +96,7 @@ def test_choices_are_those_of_the_core() -> None:
     assert preset == set(get_args(presets.PresetName)) == set(presets.PRESETS)
     assert mode == set(get_args(presets.Mode)) == {mode for modes in presets.MODES.values() for mode in modes}
     assert set(get_args(hints["family"])) == set(FAMILIES) == set(presets.UNDERSTOOD) == set(presets.MODES)
-    settings, job = presets.Settings(), Job()
+    settings, job = presets.Settings(family="siren"), Job()
     assert (defaults["family"], defaults["seed"]) == (settings.family, settings.seed)
     optional = ("preset", "mode", "target_psnr", "object_psnr", "max_bytes", "refine", "layers")
     assert {defaults[name] for name in optional} == {None}, "what is not given is left to the settings"
@@ -155,7 +155,11 @@ URL = "s3://bucket/data"
 WITH_PATHS = (("convert", URL, "b"), ("convert", "a", URL), ("info", URL), ("verify", URL), ("index", URL), ("export", URL, "b"), ("bench", URL))
 
 
-@pytest.mark.parametrize("arguments", [*WITH_PATHS, ("demo", "--out", URL)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [*WITH_PATHS, ("demo", "--out", URL), ("train-dictionary", "a", "--out", URL), ("train-dictionary", URL, "--out", "b.bin")],
+    ids=" ".join,
+)
 def test_a_url_is_a_clear_error(arguments: Sequence[str]) -> None:
     assert f"expected a local path, got {URL}; reading and writing object storage is not there yet" in failed(rinr(*arguments))
 
