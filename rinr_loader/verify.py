@@ -189,25 +189,25 @@ def _check_samples(found: _Found, split: str, shard: Path, index: ShardIndex) ->
     for first in range(0, len(index), AT_ONCE):
         some = np.arange(first, min(first + AT_ONCE, len(index)))
         buffer = read_samples([(shard, index)], np.zeros(len(some), np.int64), some, found.shared).to(found.device)
+        everything = whole(buffer, DECODED)
         try:
-            finite = _are_finite(buffer, whole(buffer, DECODED))
-        except RinrError:  # one by one, to tell of each
-            finite = []
-            for i in range(len(buffer)):
-                try:
-                    finite += _are_finite(buffer, whole(buffer, DECODED).select(torch.tensor([i], device=found.device)))
-                except RinrError as error:
-                    found.damage.append(f"{place}:{error}")
-                    finite.append(True)
+            finite = _are_finite(buffer, everything)
+        except RinrError:  # not all of them: one by one then, to tell of each
+            finite = [False] * len(buffer)
         for i in [i for i, good in enumerate(finite) if not good]:
-            found.wrong(f"{place}:{index.keys_at([first + i])[0]}{SUFFIX}", "a picture", "values that are not finite", "convert it again")
+            try:
+                (good,) = _are_finite(buffer, everything.select(torch.tensor([i], device=buffer.device)))
+            except RinrError as error:
+                found.damage.append(f"{place}:{error}")
+            else:
+                if not good:
+                    found.wrong(f"{place}:{index.keys_at([first + i])[0]}{SUFFIX}", "a picture", "values that are not finite", "convert it again")
 
 
 def _are_finite(buffer: ShardBuffer, placed: Placements) -> list[bool]:
     """Decode samples, each to an image of its own, and say which have finite values only."""
-    images = decode(
-        buffer, replace(placed, output=torch.arange(len(placed), device=buffer.device)), size=DECODED, antialias=False, dtype=torch.float32
-    )
+    placed = replace(placed, output=torch.arange(len(placed), device=buffer.device))
+    images = decode(buffer, placed, size=DECODED, antialias=False, dtype=torch.float32)
     finite: list[bool] = images.isfinite().flatten(1).all(1).tolist()
     return finite
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rinr_loader import quality
 from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
 
 
@@ -41,6 +43,30 @@ def test_a_mask_chooses_the_pixels_that_count() -> None:
     assert psnr(decoded, flat(10), mask) == pytest.approx(10 * math.log10(255**2 / 50))
     mask[0, 0] = False
     assert psnr(decoded, flat(10), mask) == 99
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (13, 7), (5, 40), (40, 1)])
+@pytest.mark.parametrize("pixels", [1, 8, 100])
+def test_psnr_is_the_same_however_many_rows_are_compared_at_a_time(shape: tuple[int, int], pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (*shape, 3), np.uint8) for _ in range(2))
+    mask = rng.random(shape) < 0.5
+    mask[0, 0] = True
+    monkeypatch.setattr(quality, "_ROWS", pixels)
+    wrong = (a.astype(float) - b) ** 2
+    assert psnr(a, b) == pytest.approx(10 * math.log10(255**2 / wrong.mean()))
+    assert psnr(a, b, mask) == pytest.approx(10 * math.log10(255**2 / wrong[mask].mean()))
+
+
+def test_psnr_takes_little_memory() -> None:
+    picture = np.zeros((3000, 3000, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        psnr(picture, picture)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * picture.nbytes
 
 
 def test_psnr_is_over_all_channels() -> None:

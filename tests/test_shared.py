@@ -18,6 +18,7 @@ from rinr_loader.convert import Job
 from rinr_loader.errors import ConfigError, ShardError, StorageError
 from rinr_loader.info import describe
 from rinr_loader.presets import Settings
+from rinr_loader.reader import read_samples
 from rinr_loader.reindex import reindex
 from rinr_loader.source import Sample, Source
 from rinr_loader.verify import verify
@@ -133,6 +134,12 @@ def test_verify_lists_what_is_wrong_with_them(tmp_path: Path) -> None:
     whole = verify(dest)
     assert whole.damage == ()
     assert whole.bytes >= sum(map(len, FILES)) + sum(path.stat().st_size for path in dest.glob("train/*"))
+
+    given: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rinr_loader.verify.read_samples", lambda *arguments: (given.append(arguments[3]), read_samples(*arguments))[1])
+        verify(dest)
+    assert given == [{bytes.fromhex(name)[:8]: data for name, data in SHARED.items()}] * 2, "bundles are decoded by them"
 
     def damage(change: Any) -> tuple[str, ...]:
         copy = Path(shutil.copytree(dest, tmp_path / "copy"))
