@@ -44,7 +44,7 @@ def per_tensor(flat: Tensor, spec: NetworkSpec) -> Tensor:
 def compare(job: tuple[Picture, NetworkSpec, Schedule]) -> dict[str, float]:
     torch.set_num_threads(1)
     frame, spec, schedule = job
-    task = encode_siren._background_task(frame, Settings(), torch.device("cpu"))
+    task = encode_siren._background_task(frame, Settings(family="siren"), torch.device("cpu"))
     weights = {}
     for dtype in ("float16", "int8"):
         shape = replace(spec, dtype=dtype)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ RESIDUALS = ((3, 10), (3, 16), (4, 20), (4, 32), (5, 17), (5, 24), (5, 40))
 def background(job: tuple[Picture, NetworkSpec, Schedule]) -> tuple[float, Network]:
     torch.set_num_threads(1)
     frame, spec, schedule = job
-    task = partial(encode_siren._background_task, frame, Settings(), CPU)
+    task = partial(encode_siren._background_task, frame, Settings(family="siren"), CPU)
     fitted = fit([task], spec, schedule, generator=torch.Generator().manual_seed(0), slots=1)[0]
     return fitted.psnr, Network(spec, (0, 0, frame.pixels.shape[1], frame.pixels.shape[0]), 0.5, fitted.weights)
 
@@ -42,7 +42,7 @@ def residual(job: tuple[Picture, Network, NetworkSpec, Schedule]) -> tuple[float
     torch.set_num_threads(1)
     frame, under, spec, schedule = job
     placed = place_residuals(frame, torch.Generator().manual_seed(0))[0]
-    task = residual_task(frame, placed, [under], Settings("paper"), CPU)
+    task = residual_task(frame, placed, [under], Settings("paper", family="siren"), CPU)
     if task is None:
         raise RuntimeError("without a target there is always something to fit")
     schedule = replace(schedule, pixels=schedule.pixels * 2 ** (spec.depth - 3))

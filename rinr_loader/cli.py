@@ -158,7 +158,7 @@ def convert_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or file of a picture dataset; its format is detected.")],
     dest: Annotated[str, typer.Argument(metavar="DEST", help="The directory to write; an unfinished conversion there is continued.")],
     source_format: Annotated[str | None, typer.Option(callback=_source_format, metavar="NAME", help="Format of SOURCE, not detected.")] = None,
-    family: Annotated[Literal["tile", "siren", "jpeg"], typer.Option(help="What pictures are stored as, see docs/CODECS.md.")] = "siren",
+    family: Annotated[Literal["tile", "siren", "jpeg"], typer.Option(help="What pictures are stored as, see docs/CODECS.md.")] = "tile",
     preset: Annotated[
         Literal["paper", "fast", "balanced", "best"] | None,
         typer.Option(help="Shapes and steps, time against quality; of siren.", show_default="balanced"),

@@ -122,7 +122,7 @@ def run_demo(out: Path, *, train: int = 24, val: int = 8, epochs: int = 30, seco
         def on_progress(progress: Progress) -> None:
             meter.update(progress.done, progress.total, before=progress.resumed)
 
-        convert(source, out / "shards", Job(Settings("fast"), device=device), on_progress=on_progress)
+        convert(source, out / "shards", Job(Settings(), device=device), on_progress=on_progress)
     checked = verify(out / "shards", device=device)
     if checked.damage:
         raise ShardError(f"{checked.damage[0]} (and {len(checked.damage) - 1} more)")

@@ -89,7 +89,7 @@ class Settings:
     object_psnr: float | None = None
     seed: int = 0
     half: bool = False
-    family: Family = "siren"
+    family: Family = "tile"
     refine: int = 0
     max_bytes: int | None = None
     layers: int = 2

@@ -96,7 +96,7 @@ def test_choices_are_those_of_the_core() -> None:
     assert preset == set(get_args(presets.PresetName)) == set(presets.PRESETS)
     assert mode == set(get_args(presets.Mode)) == {mode for modes in presets.MODES.values() for mode in modes}
     assert set(get_args(hints["family"])) == set(FAMILIES) == set(presets.UNDERSTOOD) == set(presets.MODES)
-    settings, job = presets.Settings(family="siren"), Job()
+    settings, job = presets.Settings(), Job()
     assert (defaults["family"], defaults["seed"]) == (settings.family, settings.seed)
     optional = ("preset", "mode", "target_psnr", "object_psnr", "max_bytes", "refine", "layers")
     assert {defaults[name] for name in optional} == {None}, "what is not given is left to the settings"
@@ -123,9 +123,9 @@ USAGE: dict[str, tuple[Sequence[str], str]] = {
         ("convert", "a", "b", "--family", "tile", "--mode", "de"),
         "mode: expected one of qre, be for family tile, got 'de'",
     ),
-    "refining a sine network": (("convert", "a", "b", "--refine", "100"), "--refine: is of family tile, and not of siren"),
+    "refining a sine network": (("convert", "a", "b", "--family", "siren", "--refine", "100"), "--refine: is of family tile, and not of siren"),
     "layers of a JPEG": (("convert", "a", "b", "--family", "jpeg", "--layers", "2"), "--layers: is of family tile, and not of jpeg"),
-    "bytes of a sine network": (("convert", "a", "b", "--max-bytes", "9000"), "--max-bytes: is of family tile and jpeg, and not of siren"),
+    "bytes of a sine network": (("convert", "a", "b", "--family", "siren", "--max-bytes", "9000"), "--max-bytes: is of family tile and jpeg, and not of siren"),
     "no bytes": (("convert", "a", "b", "--family", "jpeg", "--max-bytes", "0"), "--max-bytes"),
     "three layers": (("convert", "a", "b", "--family", "tile", "--layers", "3"), "--layers"),
     "refining backwards": (("convert", "a", "b", "--family", "tile", "--refine", "-1"), "--refine"),

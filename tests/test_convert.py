@@ -109,7 +109,8 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
     return made
 
 
-JOB = Job(shard_samples=3)
+SIREN = Settings(family="siren")
+JOB = Job(SIREN, shard_samples=3)
 
 
 def members(dest: Path, split: str = "train") -> dict[str, bytes]:
@@ -241,7 +242,7 @@ def test_pictures_reach_the_encoder_as_they_should(encoder: Encoder, tmp_path: P
 
 
 def test_two_runs_are_equal_and_other_settings_are_not(encoder: Encoder, tmp_path: Path) -> None:
-    for name, job in (("a", JOB), ("b", JOB), ("c", replace(JOB, settings=Settings(seed=1)))):
+    for name, job in (("a", JOB), ("b", JOB), ("c", replace(JOB, settings=Settings(seed=1, family="siren")))):
         convert(source(), tmp_path / name, job)
     assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b") != tree_hash(tmp_path / "c")
 
@@ -462,11 +463,11 @@ def test_a_unit_with_an_unreadable_picture_is_not_encoded_again(encoder: Encoder
 
 
 OTHER_JOBS = {
-    "seed 0 instead of 3": Job(Settings(seed=3), shard_samples=3),
-    "mode qre instead of re": Job(Settings(mode="re"), shard_samples=3),
-    "size None instead of [8, 8]": Job(size=(8, 8), shard_samples=3),
-    "shard_samples 3 instead of 4": Job(shard_samples=4),
-    "val_residuals False instead of True": Job(shard_samples=3, val_residuals=True),
+    "seed 0 instead of 3": Job(Settings(seed=3, family="siren"), shard_samples=3),
+    "mode qre instead of re": Job(Settings(mode="re", family="siren"), shard_samples=3),
+    "size None instead of [8, 8]": Job(SIREN, size=(8, 8), shard_samples=3),
+    "shard_samples 3 instead of 4": Job(SIREN, shard_samples=4),
+    "val_residuals False instead of True": Job(SIREN, shard_samples=3, val_residuals=True),
 }
 
 

@@ -330,7 +330,7 @@ def fitted(pixels: NDArray[np.uint8]) -> bytes:
     picture = Picture(pixels, (height, width), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "fast", replace(presets.PRESETS["fast"], backgrounds=((5, 48),), background=Schedule(400, 1.5e-3, 1024)))
-        (bundle,) = encode_unit([picture], Settings("fast", mode="be"), unit="detailed", threads=1)
+        (bundle,) = encode_unit([picture], Settings("fast", mode="be", family="siren"), unit="detailed", threads=1)
     return bundle
 
 

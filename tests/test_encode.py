@@ -61,7 +61,7 @@ def scene_picture(seed: int, *, width: int = 48, height: int = 32, objects: int 
 
 
 def encode(*pictures: Picture, unit: str = "unit", threads: int = 1, **settings: Any) -> list[Bundle]:
-    return [parse(data) for data in encode_unit(pictures, Settings("fast", **settings), unit=unit, threads=threads)]
+    return [parse(data) for data in encode_unit(pictures, Settings("fast", **settings, family="siren"), unit=unit, threads=threads)]
 
 
 def decoded(bundle: Bundle) -> NDArray[np.uint8]:
@@ -94,12 +94,12 @@ def mixed() -> list[Picture]:
 def reference() -> list[bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "fast", TINY)
-        return encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0), unit="unit", threads=1)
+        return encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0, family="siren"), unit="unit", threads=1)
 
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_the_bytes_do_not_depend_on_threads(reference: list[bytes], threads: int) -> None:
-    assert encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0), unit="unit", threads=threads) == reference
+    assert encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0, family="siren"), unit="unit", threads=threads) == reference
 
 
 def test_the_bytes_do_not_depend_on_what_the_caller_has_set(reference: list[bytes]) -> None:
@@ -109,7 +109,7 @@ def test_the_bytes_do_not_depend_on_what_the_caller_has_set(reference: list[byte
         torch.set_float32_matmul_precision("medium")
         torch.manual_seed(99)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            again = encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0), unit="unit", threads=2)
+            again = encode_unit(mixed(), Settings("fast", target_psnr=24.0, object_psnr=30.0, family="siren"), unit="unit", threads=2)
         assert torch.get_num_threads() == 3
         assert torch.get_float32_matmul_precision() == "medium"
         assert again == reference
@@ -138,7 +138,7 @@ def test_fits_run_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unit_and_seed_choose_the_randomness(reference: list[bytes]) -> None:
-    settings = Settings("fast", target_psnr=24.0, object_psnr=30.0)
+    settings = Settings("fast", target_psnr=24.0, object_psnr=30.0, family="siren")
     for other in (encode_unit(mixed(), settings, unit="other"), encode_unit(mixed(), replace(settings, seed=1), unit="unit")):
         for a, b in zip(reference, other, strict=True):
             assert [n.weights for n in parse(a).networks] != [n.weights for n in parse(b).networks]
@@ -236,7 +236,7 @@ def test_odd_pictures_and_boxes(odd: dict[str, tuple[Picture, Bundle]], name: st
             assert away <= MARGIN + np.ceil(max(JITTER, JITTER_SHARE * extent))
             assert away >= MARGIN or network.rect[side] == border
         assert network.feather == FEATHER
-        assert network.spec == Settings("fast", mode="de" if network.spec.kind == "direct" else "qre").residual_class(areas[network.object])
+        assert network.spec == Settings("fast", mode="de" if network.spec.kind == "direct" else "qre", family="siren").residual_class(areas[network.object])
 
 
 @pytest.mark.parametrize("name", ODD_BOXES)
@@ -414,25 +414,25 @@ def test_a_residual_that_makes_its_object_worse_is_left_out(monkeypatch: pytest.
 def test_the_predicted_step_rises_with_detail_and_target() -> None:
     flat, rich = picture(np.full((96, 96, 3), 90, np.uint8)), picture(np.random.default_rng(0).integers(0, 256, (96, 96, 3)).astype(np.uint8))
     for preset in get_args(PresetName):
-        ladder = Settings(preset).ladder()
+        ladder = Settings(preset, family="siren").ladder()
         assert 1 <= len(ladder) <= 4
         assert [s.nbytes for s in ladder] == sorted(s.nbytes for s in ladder)
         for mode in get_args(Mode):
-            steps = [predict_rung(of, Settings(preset, mode=mode)) for of in (flat, rich)]
+            steps = [predict_rung(of, Settings(preset, mode=mode, family="siren")) for of in (flat, rich)]
             assert 0 == steps[0] <= steps[1] == len(ladder) - 1
     middle = picture(np.asarray(Image.fromarray(SMOOTH).resize((200, 160))))
-    rising = [predict_rung(middle, Settings("balanced", target_psnr=target)) for target in (1.0, 15, 20, 25, 30, 35, 40, 60)]
+    rising = [predict_rung(middle, Settings("balanced", target_psnr=target, family="siren")) for target in (1.0, 15, 20, 25, 30, 35, 40, 60)]
     assert rising == sorted(rising)
     assert rising[0] == 0
-    assert rising[-1] == len(Settings("balanced").ladder()) - 1
+    assert rising[-1] == len(Settings("balanced", family="siren").ladder()) - 1
 
 
 def test_a_blind_picture_starts_one_step_up() -> None:
     flat = picture(np.full((96, 96, 3), 90, np.uint8))
-    assert predict_rung(replace(flat, blind=True), Settings("balanced")) == 1
-    assert predict_rung(replace(flat, blind=True), Settings("balanced", mode="be")) == 0
+    assert predict_rung(replace(flat, blind=True), Settings("balanced", family="siren")) == 1
+    assert predict_rung(replace(flat, blind=True), Settings("balanced", mode="be", family="siren")) == 0
     rich = replace(picture(np.random.default_rng(0).integers(0, 256, (96, 96, 3)).astype(np.uint8)), blind=True)
-    assert predict_rung(rich, Settings("balanced")) == len(Settings("balanced").ladder()) - 1
+    assert predict_rung(rich, Settings("balanced", family="siren")) == len(Settings("balanced", family="siren").ladder()) - 1
 
 
 @pytest.fixture
@@ -485,7 +485,7 @@ def test_a_residual_that_misses_its_target_climbs_its_ladder(stages: Any, monkey
     assert [row for row in stages if "residual" in row[0]] == [("residual 0", "residual 3x14 float16", 1), ("residual 1", "residual 3x6 float16", 1)]
     assert [(n.object, n.spec.width) for n in plain.networks[1:]] == [(1, 14), (0, 6)]
     stages.clear()
-    first = Settings("fast").residual_ladder()[0]
+    first = Settings("fast", family="siren").residual_ladder()[0]
     monkeypatch.setattr(residuals, "predict_spec", lambda *_: first)
     (wanted,) = encode(of, object_psnr=60.0)
     widths = [(stage, int(shape.split()[1].split("x")[1])) for stage, shape, _ in stages if "residual" in stage]
@@ -580,7 +580,7 @@ def test_quantization_costs_little_on_real_frames(frames: list[Picture], monkeyp
 
 def test_every_background_is_counted_once() -> None:
     done: list[int] = []
-    encode_unit(mixed(), Settings("fast", target_psnr=60.0), unit="u", threads=2, on_background=lambda: done.append(1))
+    encode_unit(mixed(), Settings("fast", target_psnr=60.0, family="siren"), unit="u", threads=2, on_background=lambda: done.append(1))
     assert len(done) == len(mixed())
 
 

@@ -415,7 +415,7 @@ def test_a_gpu_trains_and_validates_like_a_cpu(trained: Run, data: Data, tmp_pat
 @pytest.mark.slow
 def test_a_converted_dataset_trains_with_the_labels_of_its_source(write_yolo: Callable[..., Path], tmp_path: Path, train: Callable[..., Run]) -> None:
     source = write_yolo(tmp_path / "source", train=5, val=3)
-    report = convert(open_source(source), tmp_path / "shards", Job(Settings(preset="fast")))
+    report = convert(open_source(source), tmp_path / "shards", Job(Settings(preset="fast", family="siren")))
     run = train(data=str(report.dest), epochs=1, batch=4)
     plain = ultralytics.YOLO(write_model(tmp_path / "tiny.yaml"))
     plain.train(data=str(source), epochs=1, project=str(tmp_path), **{**SHORT, "batch": 4})

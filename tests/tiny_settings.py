@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from rinr_loader.bundle import NetworkSpec
 from rinr_loader.fit import Schedule
 from rinr_loader.presets import Settings
+from rinr_loader.specs import Family
 
 
 @dataclass(frozen=True)
 class TinySettings(Settings):
     """One small shape of each kind, a few dozen steps."""
+
+    family: Family = "siren"
 
     def ladder(self) -> tuple[NetworkSpec, ...]:
         return (NetworkSpec("background", 2, 6, "int8"),)

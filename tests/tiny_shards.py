@@ -35,7 +35,7 @@ def write_shards(
     """Convert samples with a preset that hardly fits at all; `size` is the width and height that they are shrunk to fit inside."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "fast", TINY)
-        job = Job(Settings(preset="fast", object_psnr=1.0), size=size, shard_samples=shard_samples)
+        job = Job(Settings(preset="fast", object_psnr=1.0, family="siren"), size=size, shard_samples=shard_samples)
         return convert(Source("drawn", samples, tuple(names)), dest, job)
 
 

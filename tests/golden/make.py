@@ -97,7 +97,7 @@ def jpeg_bundles() -> dict[str, bytes]:
 
 def siren_bundles() -> dict[str, bytes]:
     def encode(mode: presets.Mode, picture: Picture) -> bytes:
-        return encode_unit([picture], Settings("fast", mode), unit=mode, threads=1)[0]
+        return encode_unit([picture], Settings("fast", mode, family="siren"), unit=mode, threads=1)[0]
 
     qre = encode("qre", picture(45, 37))
     return {
@@ -144,7 +144,7 @@ def source() -> Source:
 
 
 FAMILIES = {"siren": siren_bundles, "jpeg": jpeg_bundles}
-DATASETS = {"siren": ("dataset", Settings("fast")), "jpeg": ("dataset-jpeg", Settings(family="jpeg"))}
+DATASETS = {"siren": ("dataset", Settings("fast", family="siren")), "jpeg": ("dataset-jpeg", Settings(family="jpeg"))}
 
 
 def main(family: str) -> None:
