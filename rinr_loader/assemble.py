@@ -14,10 +14,10 @@ from torch import Tensor
 from rinr_loader.analysis import Analysis
 from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, blocks_of, smooth, synthesise
 from rinr_loader.dictionary import CONTEXTS, Prior, dump
-from rinr_loader.latents import Costs, costs_of, differences, quantise, slope
+from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, quantise
 from rinr_loader.priors import Observed, fit_tables
 from rinr_loader.stream import context_below
-from rinr_loader.training import LAGRANGE, PREDICTED, TYPICAL_STEP, Model, Pictures, TrainSettings, symbols_of
+from rinr_loader.training import PREDICTED, TYPICAL_STEP, Model, Pictures, TrainSettings, symbols_of
 
 CROPS, SIDE = 72, 320  # what tables are fitted to
 STEPS = (20.0, 35.0, 60.0, 100.0, 160.0, 250.0)
@@ -105,7 +105,7 @@ def _fit_background(
             for step in STEPS:
                 values = (z[0] / step).flatten(1).T
                 none = torch.full((len(values),), CONTEXTS - 1)
-                integers, classes = quantise(costs, values, energy, slope(LAGRANGE), z.shape[3], none, PREDICTED)
+                integers, classes = quantise(costs, values, energy, STRENGTH, z.shape[3], none, PREDICTED)
                 observed.append(Observed(differences(integers, z.shape[3], PREDICTED), classes, z.shape[3], none))
                 if iteration == ITERATIONS - 1:
                     decoded.append((crop, integers.T.unflatten(1, z.shape[2:])[None] * step, torch.tensor([step]), classes, z.shape[3]))
@@ -152,7 +152,7 @@ def _fit_residual(
         observed = []
         for blocks, context, width in lattices:
             for step in RESIDUAL_STEPS:
-                symbols, classes = quantise(costs, blocks @ basis.T / step, torch.ones(RESIDUAL_CHANNELS), slope(LAGRANGE), width, context)
+                symbols, classes = quantise(costs, blocks @ basis.T / step, torch.ones(RESIDUAL_CHANNELS), RESIDUAL_STRENGTH, width, context)
                 observed.append(Observed(symbols, classes, width, context))
         tables = fit_tables(observed, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual", 0)
     return basis.view(RESIDUAL_CHANNELS, 3, RESIDUAL_TILE, RESIDUAL_TILE), tables

@@ -14,12 +14,24 @@ from torch.nn import functional as F
 
 from rinr_loader.analysis import Analysis, load_analysis, shipped_analysis
 from rinr_loader.bundle import JpegSpec, Network, TileSpec
-from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, TYPICAL_STEP, UNIT, blocks_of, lattice_of, picture, residual, smooth, synthesise
+from rinr_loader.codecs.tile import (
+    RESIDUAL_CHANNELS,
+    RESIDUAL_TILE,
+    TILE,
+    TYPICAL_STEP,
+    UNIT,
+    blocks_of,
+    lattice_of,
+    picture,
+    residual,
+    smooth,
+    synthesise,
+)
 from rinr_loader.dictionary import Dictionary, load, shipped
 from rinr_loader.encode_jpeg import overhead, smallest_jpeg
 from rinr_loader.errors import ConfigError
 from rinr_loader.lanes import Lanes, check_device, running
-from rinr_loader.latents import Costs, costs_of, differences, improve, psnr_of, quantise
+from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, improve, psnr_of, quantise
 from rinr_loader.measured import pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
@@ -34,7 +46,6 @@ LEAST_STEP, MOST_STEP, FIRST_STEP = 4.0, 260.0, 100.0  # grey levels: far outsid
 LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
 TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
 SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
-STRENGTH, RESIDUAL_STRENGTH = 10.0, 8.0  # bits that a squared error of one step is worth
 COARSER = 1.2  # by which steps grow where a bundle is too large
 LARGE = 1 << 22  # pixels above which a picture is analysed in bands
 BAND_TILES, HALO_TILES = 32, 4  # the analysis sees 2 tiles far
@@ -97,6 +108,7 @@ def encode_unit(
     lanes = Lanes(settings.seed, unit, check_device(device), threads or torch.get_num_threads(), False)
     coder = coder_of(settings.dictionary, shared or {})
 
+    @torch.no_grad()  # which holds for one thread only
     def encode(i: int) -> bytes:
         bundle = _encode(pictures[i], settings, coder, lanes.generator("place", i))
         if on_background is not None:
@@ -160,11 +172,21 @@ def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch
     if found is not None and (settings.max_bytes is None or len(found[0]) + overhead(len(picture.boxes)) <= settings.max_bytes):
         height, width = picture.pixels.shape[:2]
         return pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, found[0])], "cpu")
-    factor = 1.0
-    while settings.max_bytes is not None and len(data) > settings.max_bytes and background.step * factor < MOST_STEP:
-        factor *= COARSER
-        data, _ = bundle(_trial(coder, latents, source, background.step * factor, settings), factor)
-    return data
+    if settings.max_bytes is None or len(data) <= settings.max_bytes:
+        return data
+
+    # The finest of coarser steps that fit, by bisection; where not even the coarsest do, the background alone.
+    low, high = 1, math.ceil(math.log(MOST_STEP / LEAST_RESIDUAL_STEP, COARSER)) + 1
+    fitting: bytes | None = None
+    while low < high:
+        middle = (low + high) // 2
+        factor = COARSER**middle
+        data, _ = bundle(_trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings), factor)
+        if len(data) <= settings.max_bytes:
+            fitting, high = data, middle
+        else:
+            low = middle + 1
+    return fitting or _pack(coder, picture, settings, _trial(coder, latents, source, MOST_STEP, settings), [])
 
 
 def _pack(coder: Coder, picture: Picture, settings: Settings, background: Coded, residuals: Sequence[tuple[Lattice, float, int]]) -> bytes:
@@ -226,13 +248,11 @@ def search(measure: Callable[[float], tuple[T, float]], target: float, first: fl
     """
     low: tuple[float, float] | None = None  # logarithm of the coarsest step known to be fine enough, and its PSNR
     high: tuple[float, float] | None = None
-    best: tuple[float, T] | None = None
     at = math.log10(first)
-    for _ in range(TRIALS):
-        found, psnr = measure(10**at)
+    best, reached = measure(first)
+    psnr = reached
+    for _ in range(TRIALS - 1):
         enough = psnr >= target
-        if best is None or (enough and (best[0] < target or psnr < best[0])) or (not enough and best[0] < target and psnr > best[0]):
-            best = (psnr, found)
         if enough:
             low = (at, psnr)
         else:
@@ -254,8 +274,10 @@ def search(measure: Callable[[float], tuple[T, float]], target: float, first: fl
             if low is not None and low[0] >= math.log10(most):
                 break
             at = math.log10(most)
-    assert best is not None
-    return best[1]
+        found, psnr = measure(10**at)
+        if target <= psnr < reached or reached < min(psnr, target):
+            best, reached = found, psnr
+    return best
 
 
 def _trial(coder: Coder, latents: Tensor, source: Tensor, step: float, settings: Settings) -> Coded:
@@ -274,22 +296,30 @@ def _trial(coder: Coder, latents: Tensor, source: Tensor, step: float, settings:
 
 
 def _refine(
-    coder: Coder, integers: Tensor, classes: Tensor, source: Tensor, shape: Sequence[int], step: float, weights: Mapping[str, Tensor] | None, steps: int
+    coder: Coder,
+    integers: Tensor,
+    classes: Tensor,
+    source: Tensor,
+    shape: Sequence[int],
+    step: float,
+    weights: Mapping[str, Tensor] | None,
+    steps: int,
 ) -> tuple[Tensor, Tensor]:
     """Move latents down the gradient of the picture's squared error wherever that is worth the bits; see `latents.improve`."""
     height, width = source.shape[1:]
     padded = F.pad(source[None], (0, -width % TILE, 0, -height % TILE), mode="replicate")
 
-    def gradient(integers: Tensor) -> Tensor:
+    def measure(integers: Tensor) -> tuple[Tensor, float]:
         with torch.enable_grad():
             values = (integers.T.unflatten(1, list(shape))[None] * step).requires_grad_()
             image = synthesise(values, coder.dictionary.basis)
             if weights is not None:
                 image = smooth(image / UNIT, weights, torch.full((1,), step / TYPICAL_STEP)) * UNIT
-            (found,) = torch.autograd.grad((image - padded).square().sum(), values)
-        return found[0].flatten(1).T / step  # of the error in steps
+            error = (image - padded).square().sum()
+            (found,) = torch.autograd.grad(error, values)
+        return found[0].flatten(1).T / step, float(error.detach()) / step**2
 
-    return improve(coder.background, integers, classes, gradient, coder.energy, STRENGTH, int(shape[1]), coder.dictionary.predicted, steps)
+    return improve(coder.background, integers, classes, measure, coder.energy, STRENGTH, int(shape[1]), coder.dictionary.predicted, steps)
 
 
 def _residuals(
@@ -322,7 +352,7 @@ def _residuals(
         measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
         integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
         if coarser > 1:
-            integers, classes, step, image = measure(step * coarser)[0]
+            integers, classes, step, image = measure(min(step * coarser, MOST_STEP))[0]
         reached &= _psnr(image, wanted, inner) >= target
         shown[:, y0:y1, x0:x1] = image
         found.append((Lattice(integers.long().numpy(), classes.numpy(), rect), step, number))
