@@ -220,7 +220,7 @@ def convert_command(
             return meters[label]
 
         def on_fit(done: int, total: int) -> None:
-            meter_of("fitting the dictionary", "steps").update(done, total)
+            meter_of("fitting the dictionary", "steps").update(done, total, note="now its tables" if done == total else "")
 
         def on_progress(progress: Progress) -> None:
             note = ", ".join(filter(None, [psnr_text(progress.psnr) if progress.psnr else "", bytes_text(progress.bytes) if progress.bytes else ""]))
@@ -404,7 +404,7 @@ def train_dictionary_command(
             if not before:
                 before.append(done)
                 tell(f"going on after step {done} of {steps}" if done else f"training for {steps} steps")
-            meter.update(done, steps, before=before[0])
+            meter.update(done, steps, before=before[0], note="now the tables" if done == steps else "")
 
         trained = train_dictionary(found, place, settings, report=reports.curve_row, progress=on_step)
     reports.trained_report(trained, as_json=as_json)
