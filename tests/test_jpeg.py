@@ -7,16 +7,18 @@ import json
 import shutil
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import assert_close, draw_scene
 from jpegs import jpeg_bundle, jpeg_file, read_jpeg, textured
+from networks import RESIDUALS, random_bundle
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from small_datasets import edit, tree_hash
@@ -31,6 +33,7 @@ from rinr_loader.encode import encode_unit
 from rinr_loader.encode_jpeg import best_jpeg, jpeg_of, overhead, smallest_jpeg
 from rinr_loader.errors import BundleError, ConfigError
 from rinr_loader.image import read_image
+from rinr_loader.info import describe
 from rinr_loader.jpeg_header import read_header
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings, check_settings
@@ -122,10 +125,34 @@ def test_on_a_gpu_files_that_nvjpeg_refuses_are_decoded_on_the_cpu(monkeypatch: 
     monkeypatch.setattr(codec, "_has_op", lambda name: name != "decode_jpegs_cuda" and codec_has_op(name))
     assert codec._decode_cuda([torch.zeros(3, dtype=torch.uint8)], torch.device("cuda")) is None
     assert codec._decode_cuda([], torch.device("cuda")) is None
+    monkeypatch.setattr(codec, "_has_op", lambda _: True)
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", lambda *_: (_ for _ in ()).throw(RuntimeError("unsupported")), raising=False)
+    assert codec._decode_cuda([torch.zeros(3, dtype=torch.uint8)], torch.device("cuda")) is None
+    monkeypatch.setattr(codec, "_has_op", codec_has_op)
     assert decoded(FILES["baseline"], "meta").device.type == "meta"
 
 
 codec_has_op = codec._has_op
+
+
+@pytest.mark.requires("torchvision")
+def test_on_a_gpu_all_files_go_to_nvjpeg_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, str]] = []
+    sides = [(33, 47), (33, 47)]
+
+    def nvjpeg(files: list[torch.Tensor], mode: int, device: torch.device) -> list[torch.Tensor]:
+        calls.append((len(files), mode, str(device)))
+        return [torch.full((3, *size), 7, dtype=torch.uint8) for size in sides]
+
+    monkeypatch.setattr(codec, "_has_op", lambda _: codec_has_op("decode_jpeg"))
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", nvjpeg, raising=False)
+    files = [torch.frombuffer(bytearray(FILES[name]), dtype=torch.uint8) for name in ("baseline", "4:4:4")]
+    found = codec.decode_files(files, [(33, 47)] * 2, ["a", "b"], torch.device("cuda"))
+    assert [image.unique().tolist() for image in found] == [[7], [7]]
+    assert calls == [(2, 3, "cuda")]
+    sides[1] = (33, 46)
+    with pytest.raises(BundleError, match=r"^b: expected a picture of 47x33, got shape \(3, 33, 46\)"):
+        codec.decode_files(files, [(33, 47)] * 2, ["a", "b"], torch.device("cuda"))
 
 
 @pytest.mark.parametrize("pillow", [False, True])
@@ -390,6 +417,7 @@ NOT_KEPT = {
     "CMYK": encoded(PHOTO.convert("CMYK")),
     "PNG": encoded(PHOTO, format="PNG"),
     "RGB inside": encoded(PHOTO, keep_rgb=True),
+    "several pictures": encoded(PHOTO, format="MPO", save_all=True, append_images=[PHOTO]),
 }
 
 
@@ -410,10 +438,18 @@ def sample(key: str, data: bytes, split: Split = "train", **changes: Any) -> Sam
 
 
 @pytest.mark.parametrize(("size", "kept"), [(None, True), ((64, 48), True), ((640, 480), True), ((63, 48), False)])
-def test_a_file_is_kept_at_its_own_size_only(size: tuple[int, int] | None, kept: bool) -> None:
+def test_a_file_is_kept_at_its_own_size_only(size: tuple[int, int] | None, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(JPEG, size=size)
+    seen: list[Picture] = []
+
+    def spy(pictures: Sequence[Picture], *rest: Any, **options: Any) -> list[bytes]:
+        seen.extend(pictures)
+        return encode_unit(pictures, *rest, **options)
+
+    monkeypatch.setattr(units, "encode_unit", spy)
     _, members = encode_samples(Unit("u", "s", "train", (sample("a", KEPT["colour"]),)), job, 1, None)
     assert (parse(members[0][1]).networks[0].weights == KEPT["colour"]) == kept
+    assert [of.original for of in seen] == [KEPT["colour"] if kept else None]
 
 
 # --- settings ---
@@ -501,6 +537,8 @@ def test_dataset_json_says_how_it_was_made(shards: Path) -> None:
     assert about["groups"] == {"background jpeg": 10}
     assert about["shared"] == {}
     codec = {name: about["codec"][name] for name in about["codec"] if name not in ("job", "torch", "pillow")}
+    assert about["codec"]["pillow"] == PIL.__version__
+    assert "pillow" not in Job(SIREN).describe(), "as an earlier version wrote it"
     rest = {"size": None, "shard_samples": 4, "val_residuals": False, "device": "cpu", "format": 1}
     assert codec == {**JPEG.describe(), **rest}
     assert json.loads((shards / "report.json").read_bytes())["missed"] == []
@@ -554,6 +592,55 @@ def test_targets_that_were_missed_are_told_picture_by_picture(tmp_path: Path) ->
     assert [p.reason.partition("bytes")[2] for p in tiny.missed] == [", above the limit of 100"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "size", "blind", "missed"),
+    [
+        ({"target_psnr": 30.04}, 1, False, 0),
+        ({"target_psnr": 30.06}, 1, False, 1),
+        ({"object_psnr": 25.06}, 1, False, 1),
+        ({"object_psnr": 25.06}, 1, True, 0),
+        ({"max_bytes": 100}, 100, False, 0),
+        ({"max_bytes": 100}, 101, False, 1),
+        ({"target_psnr": 40.0, "object_psnr": 40.0, "max_bytes": 5}, 6, False, 3),
+        ({}, 10**9, False, 0),
+    ],
+)
+def test_when_a_target_counts_as_missed(changes: dict[str, float], size: int, blind: bool, missed: int) -> None:
+    of = picture(drawn(), boxes=[[1, 1, 9, 9]], blind=blind)
+    bundle = replace(parse(jpeg_bundle(0)), psnr=30.0, object_psnr=25.0)
+    assert len(units._missed(of, bundle, size, replace(JPEG, **changes))) == missed  # type: ignore[arg-type]
+
+
+def write_dataset(dest: Path, *bundles: bytes) -> Path:
+    """A dataset of bundles, one shard."""
+    shard = dest / "train/train-000000.tar"
+    shard.parent.mkdir(parents=True)
+    write_tar(shard, [(f"{chr(97 + i)}.rinr", data) for i, data in enumerate(bundles)])
+    index = write_index(shard)
+    described = describe_dataset({"train": [(describe_shard(dest, shard, index), index)]}, names=(), codec={}, source={})
+    write_bytes(dest / "dataset.json", dump_json(described))
+    reindex(dest)
+    return dest
+
+
+def test_a_dataset_of_several_families(tmp_path: Path) -> None:
+    bundles = [jpeg_bundle(0), random_bundle(1, residuals=[(RESIDUALS[0], (3, 4, 17, 20))]), jpeg_bundle(2, stored=(30, 30)), random_bundle(3)]
+    dest = write_dataset(tmp_path / "d", *bundles)
+    assert verify(dest).damage == ()
+    about = describe(dest)
+    assert {name: (found.samples, found.bytes) for name, found in about.families.items()} == {
+        "siren": (2, len(bundles[1]) + len(bundles[3])),
+        "jpeg": (2, len(bundles[0]) + len(bundles[2])),
+    }
+    assert list(about.families) == ["siren", "jpeg"]
+    assert about.bytes.background == sum(len(parse(data).networks[0].weights) for data in bundles)
+    for (image, _), data in zip(RinrDataset(dest), bundles, strict=True):
+        assert_close(image, decode_batch([data])[0], "pixels")
+    images, targets = next(iter(DataLoader(dest, batch_size=4, size=(16, 20), device="cpu", shuffle=True)))
+    for image, key in zip(images, targets.keys, strict=True):
+        assert_close(image, decode_batch([bundles[ord(key) - 97]], size=(16, 20))[0], "pixels")
+
+
 def test_verify_index_and_damage(shards: Path, tmp_path: Path) -> None:
     dest = Path(shutil.copytree(shards, tmp_path / "d"))
     assert verify(dest).damage == ()
@@ -574,14 +661,8 @@ def test_verify_lists_every_jpeg_that_does_not_decode(tmp_path: Path) -> None:
     good = jpeg_file(np.full((24, 40, 3), 7, np.uint8))
     tables = good.index(b"\xff\xc4")
     broken = good[: tables + 5] + b"\xff" * 40 + good[tables + 45 :]
-    shard = tmp_path / "train/train-000000.tar"
-    shard.parent.mkdir()
-    write_tar(shard, [(f"{key}.rinr", jpeg_bundle(0, file=file)) for key, file in (("a", broken), ("b", good), ("c", broken))])
-    index = write_index(shard)
-    described = describe_dataset({"train": [(describe_shard(tmp_path, shard, index), index)]}, names=(), codec={}, source={})
-    write_bytes(tmp_path / "dataset.json", dump_json(described))
-    reindex(tmp_path)
-    found = verify(tmp_path).damage
+    write_dataset(tmp_path / "d", *(jpeg_bundle(0, file=file) for file in (broken, good, broken)))
+    found = verify(tmp_path / "d").damage
     assert len(found) == 2
     assert [damage.partition(": expected a JPEG, got ")[0] for damage in found] == [f"train/train-000000.tar:{key}.rinr" for key in "ac"]
 
