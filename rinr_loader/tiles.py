@@ -43,9 +43,7 @@ def tile_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[
         for i in mine:
             offset = int(buffer.network_offset[first[i]])
             spans.append((offset, offset + int(buffer.network_bytes[first[i]])))
-            spec = buffer.groups[int(buffer.network_group[first[i]])]
-            assert isinstance(spec, TileSpec)
-            lanes.append(spec.lanes)
+            lanes.append(_spec(buffer, first[i]).lanes)
             rects[distinct[i]] = [(a, b, c, d) for a, b, c, d in buffer.rect[first[i] : last[i]].long().tolist()]
         names = [f"{buffer.keys[distinct[i]]}.rinr" for i in mine]
         found = read_streams(dictionary, data, spans, lanes, [rects[distinct[i]] for i in mine], names)
@@ -53,6 +51,13 @@ def tile_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[
             latents[distinct[i]] = [torch.from_numpy(part).float().to(buffer.device) for part in parts]
     row = dict(zip(distinct, first, strict=True))
     return [_surface(buffer, row[s], dictionaries[s], latents[s], rects[s], k) for s, k in zip(samples, reduce, strict=True)]
+
+
+def _spec(buffer: ShardBuffer, row: int) -> TileSpec:
+    spec = buffer.groups[int(buffer.network_group[row])]
+    if not isinstance(spec, TileSpec):
+        raise TypeError(f"samples: expected the family tile, got {spec}")
+    return spec
 
 
 def _dictionary(buffer: ShardBuffer, sample: int) -> Dictionary:
@@ -64,13 +69,11 @@ def _dictionary(buffer: ShardBuffer, sample: int) -> Dictionary:
 def _surface(buffer: ShardBuffer, row: int, dictionary: Dictionary, latents: Sequence[Tensor], rects: Sequence[Rect], k: int) -> Tensor:
     """One surface: the background at 1/k, and the block means of its residuals."""
     height, width = rects[0][3], rects[0][2]
-    spec = buffer.groups[int(buffer.network_group[row])]
-    assert isinstance(spec, TileSpec)
     scale, feathers = buffer.scale[row : row + len(rects)].tolist(), buffer.feather[row : row + len(rects)].tolist()
     rows, columns = -(-height // 16), -(-width // 16)
     device = buffer.device
     basis = scaled_basis(dictionary.basis.to(device), min(k, LINEAR))
-    weights = {name: value.to(device) for name, value in dictionary.filter.items()} if spec.layers == 2 and k == 1 else None
+    weights = {name: value.to(device) for name, value in dictionary.filter.items()} if _spec(buffer, row).layers == 2 and k == 1 else None
     image = picture(latents[0].T.unflatten(1, (rows, columns)), basis, weights, scale[0])
     if k > LINEAR:
         image = F.avg_pool2d(image, k // LINEAR)

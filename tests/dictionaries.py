@@ -24,12 +24,12 @@ ENDS, CLASSES = (3, 7), 8  # and the last group ends with the channels
 RESIDUAL_ENDS, RESIDUAL_CLASSES = (6, 24, 72, RESIDUAL_CHANNELS), 6
 
 
-def natural(seed: int, height: int, width: int, *, roughness: float = 1.4) -> NDArray[np.uint8]:
+def natural(seed: int, height: int, width: int, *, smoothness: float = 2.2) -> NDArray[np.uint8]:
     """Noise with about the spectrum of photographs, `(height, width, 3)`: what a basis of smooth functions shows well, but never wholly."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(3, height, width, generator=generator, dtype=torch.float64)
     y, x = torch.fft.fftfreq(height, dtype=torch.float64)[:, None], torch.fft.fftfreq(width, dtype=torch.float64)
-    field = torch.fft.ifft2(torch.fft.fft2(noise) / (0.01 + (x**2 + y**2).sqrt()) ** roughness).real
+    field = torch.fft.ifft2(torch.fft.fft2(noise) / (0.01 + (x**2 + y**2).sqrt()) ** smoothness).real
     field /= field.std((1, 2), correction=0, keepdim=True).clamp_min(1e-6)
     colour = field[:1] + 0.25 * field * torch.tensor([0.0, 1, 1], dtype=torch.float64)[:, None, None]
     pixels: NDArray[np.uint8] = (127.5 + 40 * colour).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
@@ -104,9 +104,12 @@ def tiny_dictionary(channels: int = CHANNELS) -> Dictionary:
 
 @cache
 def tiny_analysis(channels: int = CHANNELS) -> bytes:
-    """The analysis of that dictionary: its basis, and no correction."""
-    dictionary = tiny_dictionary(channels)
-    analysis = Analysis(channels)
+    return analysis_of(tiny_dictionary(channels))
+
+
+def analysis_of(dictionary: Dictionary) -> bytes:
+    """The analysis of such a dictionary: its basis, and no correction."""
+    analysis = Analysis(dictionary.channels)
     with torch.no_grad():
         for value in analysis.parameters():
             value.zero_()

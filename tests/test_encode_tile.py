@@ -1,0 +1,399 @@
+"""Encoding to the family `tile`: targets, limits, kinds of pictures and boxes, and what the bytes depend on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_scene
+from conftest import psnr as whole_psnr
+from dictionaries import natural, tiny_analysis, tiny_dictionary, tiny_shared
+from numpy.typing import NDArray
+
+from rinr_loader import encode_tile
+from rinr_loader.analysis import dump_analysis, load_analysis
+from rinr_loader.bundle import Bundle, JpegSpec, TileSpec, parse
+from rinr_loader.decode import decode_batch
+from rinr_loader.dictionary import shipped
+from rinr_loader.encode import encode_unit
+from rinr_loader.encode_tile import CLOSE, MOST_STEP, TARGET_ALONE, TARGET_WITH_RESIDUALS, analyse, search
+from rinr_loader.errors import ConfigError
+from rinr_loader.picture import Picture
+from rinr_loader.presets import Settings
+from rinr_loader.residuals import FEATHER
+
+CHANNELS = 96
+TINY = tiny_dictionary(CHANNELS)
+SHARED = {TINY.key: TINY}
+
+
+def picture(
+    pixels: NDArray[np.uint8], boxes: Any = (), *, crowd: Sequence[bool] | None = None, source: tuple[int, int] | None = None, **more: Any
+) -> Picture:
+    corners = np.asarray(boxes, np.float32).reshape(-1, 4)
+    flags = np.zeros(len(corners), np.bool_) if crowd is None else np.asarray(crowd, np.bool_)
+    return Picture(pixels, source or (pixels.shape[0], pixels.shape[1]), corners, np.arange(len(corners)), flags, **more)
+
+
+def busy(seed: int = 0, height: int = 80, width: int = 112, *, boxes: bool = True, **more: Any) -> Picture:
+    """A smooth picture with two textured objects, which a background shows badly."""
+    pixels = natural(seed, height, width).astype(np.int64)
+    corners = [[10, 12, 38.5, 40], [60.25, 30, 96, 61]]
+    rng = np.random.default_rng(seed)
+    for x0, y0, x1, y1 in corners:
+        part = pixels[int(y0) : int(y1), int(x0) : int(x1)]
+        part += rng.integers(-10, 11, part.shape)
+    return picture(np.clip(pixels, 0, 255).astype(np.uint8), corners if boxes else (), **more)
+
+
+def encode_bytes(*pictures: Picture, unit: str = "unit", threads: int = 1, **settings: Any) -> list[bytes]:
+    wanted = Settings(family="tile", dictionary=TINY.sha256, **settings)
+    return encode_unit(pictures, wanted, unit=unit, threads=threads, shared=tiny_shared(CHANNELS))
+
+
+def encode(one: Picture, **settings: Any) -> Bundle:
+    return parse(encode_bytes(one, **settings)[0])
+
+
+def decoded(data: bytes) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = decode_batch([data], shared=SHARED)[0].permute(1, 2, 0).numpy()
+    return pixels
+
+
+def inside(one: Picture, number: int | None = None) -> NDArray[np.bool_]:
+    """Stored pixels of a box, rounded outward, or of all boxes that are no crowd."""
+    mask = np.zeros(one.pixels.shape[:2], bool)
+    for i, (x0, y0, x1, y1) in enumerate(one.stored_boxes):
+        if i == number or (number is None and not one.crowd[i]):
+            mask[int(np.floor(y0)) : int(np.ceil(y1)), int(np.floor(x0)) : int(np.ceil(x1))] = True
+    return mask
+
+
+def specs(bundle: Bundle) -> list[str]:
+    return [network.spec.kind for network in bundle.networks]
+
+
+# --- targets ---
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("target", [28.0, 29.5, 31.5])
+def test_a_target_is_reached_and_not_by_far(target: float, layers: int) -> None:
+    one = busy(boxes=False)
+    data = encode_bytes(one, target_psnr=target, layers=layers)[0]
+    found = whole_psnr(decoded(data), one.pixels)
+    assert target <= found < target + 0.25
+    parsed = parse(data)
+    assert parsed.psnr == pytest.approx(found, abs=0.006)
+    first = parsed.networks[0].spec
+    assert isinstance(first, TileSpec)
+    assert (first.layers, parsed.shared) == (layers, TINY.key)
+
+
+def test_a_higher_target_costs_more() -> None:
+    sizes = [len(encode_bytes(busy(boxes=False), target_psnr=target)[0]) for target in (26.0, 28.0, 30.0, 32.0)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 2 * sizes[0]
+
+
+@pytest.mark.parametrize("object_target", [31.0, 36.0])
+def test_the_objects_reach_their_target(object_target: float) -> None:
+    one = busy()
+    data = encode_bytes(one, target_psnr=24.0, object_psnr=object_target)[0]
+    parsed, pixels = parse(data), decoded(data)
+    assert specs(parsed) == ["background", "residual", "residual"]
+    assert [network.object for network in parsed.networks[1:]] == [1, 0]  # the largest first
+    assert all(network.feather == FEATHER for network in parsed.networks[1:])
+    for number in range(2):
+        mask = inside(one, number)
+        assert object_target <= whole_psnr(pixels[mask], one.pixels[mask]) < object_target + 1
+    mask = inside(one)
+    assert parsed.object_psnr == pytest.approx(whole_psnr(pixels[mask], one.pixels[mask]), abs=0.006)
+    for network in parsed.networks[1:]:  # no seam tells where the box is
+        x0, y0, x1, y1 = one.stored_boxes[network.object]
+        left, top, right, bottom = network.rect
+        assert left <= x0 - FEATHER or left == 0
+        assert top <= y0 - FEATHER or top == 0
+        assert right >= x1 + FEATHER or right == one.pixels.shape[1]
+        assert bottom >= y1 + FEATHER or bottom == one.pixels.shape[0]
+
+
+def test_an_object_that_is_good_enough_has_no_residual() -> None:
+    one = picture(natural(3, 64, 64), [[20, 20, 40, 40]])
+    assert specs(encode(one, target_psnr=30.0, object_psnr=20.0)) == ["background"]
+
+
+def test_without_a_target_there_is_a_sensible_one() -> None:
+    with_objects, without = encode(busy()), encode(busy(boxes=False))
+    assert (with_objects.psnr or 0) >= TARGET_WITH_RESIDUALS
+    assert (with_objects.object_psnr or 0) >= encode_tile.OBJECT_TARGET - 0.01
+    assert TARGET_ALONE <= (without.psnr or 0) < TARGET_ALONE + 0.5
+
+
+def test_refinement_lowers_bytes_at_the_same_psnr() -> None:
+    one = picture(natural(5, 128, 160))
+    analysis, _ = load_analysis(tiny_analysis(CHANNELS), "tiny")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # that of the tests is exact: refinement would find nothing to mend
+        analysis.linear.weight[3:] *= 1 + 0.3 * torch.randn(CHANNELS - 3, 1, 1, 1, generator=generator)
+    shared = {TINY.sha256: TINY.data, "analysis": dump_analysis(analysis, TINY.sha256)}
+    plain, refined = (
+        encode_unit([one], Settings(family="tile", dictionary=TINY.sha256, target_psnr=29.0, refine=steps), unit="u", threads=1, shared=shared)[0]
+        for steps in (0, 40)
+    )
+    for data in (plain, refined):
+        assert parse(data).family == "tile"
+        assert 29.0 <= whole_psnr(decoded(data), one.pixels) < 29.2
+    assert len(refined) < len(plain)
+
+
+# --- search ---
+
+
+def test_the_search_finds_the_coarsest_step_that_is_fine_enough() -> None:
+    for target in (26.0, 27.5, 33.0, 38.0):
+        tried: list[float] = []
+
+        def measure(step: float, tried: list[float] = tried) -> tuple[float, float]:
+            tried.append(step)
+            return step, 52 - 11 * np.log10(step) + 0.02 * np.sin(40 * step)
+
+        step = search(measure, target, 100.0, 4.0, 260.0)
+        psnr = 52 - 11 * np.log10(step) + 0.02 * np.sin(40 * step)
+        assert target <= psnr < target + 2 * CLOSE
+        assert len(tried) <= encode_tile.TRIALS
+        assert 3.99 < min(tried) <= max(tried) < 260.1
+
+
+@pytest.mark.parametrize(("psnr", "expected"), [(10.0, 4.0), (90.0, 260.0)])
+def test_the_search_ends_at_its_limits(psnr: float, expected: float) -> None:
+    count = 0
+
+    def measure(step: float) -> tuple[float, float]:
+        nonlocal count
+        count += 1
+        return step, psnr - step / 1000
+
+    assert search(measure, 30.0, 100.0, 4.0, 260.0) == pytest.approx(expected, rel=1e-4)
+    assert count <= encode_tile.TRIALS
+
+
+# --- boxes ---
+
+
+def test_a_blind_picture_has_no_residual_and_a_better_background() -> None:
+    seen, blind = encode(busy()), encode(busy(blind=True))
+    assert specs(blind) == ["background"]
+    assert (blind.psnr or 0) >= TARGET_ALONE > TARGET_WITH_RESIDUALS
+    assert len(seen.networks) == 3
+    np.testing.assert_array_equal(blind.boxes, busy().boxes)
+    assert blind.object_psnr is not None
+
+
+def test_the_bytes_of_a_blind_picture_do_not_know_its_boxes() -> None:
+    one, other = busy(blind=True), busy(boxes=False, blind=True)
+    a, b = (encode(each) for each in (one, other))
+    assert a.networks == b.networks
+
+
+def test_the_mode_without_objects_has_no_residual() -> None:
+    assert specs(encode(busy(), mode="be")) == ["background"]
+
+
+def test_crowds_are_labels_only() -> None:
+    one = busy(crowd=[False, True])
+    found = encode(one, target_psnr=24.0, object_psnr=33.0)
+    assert [network.object for network in found.networks[1:]] == [0]
+    assert found.crowd.tolist() == [False, True]
+    assert specs(encode(busy(crowd=[True, True]), target_psnr=24.0)) == ["background"]
+
+
+def test_objects_that_overlap_reach_their_targets_together() -> None:
+    one = busy()
+    boxes = [[10, 12, 60, 50], [30, 20, 75, 60], [35, 25, 45, 35], [34.5, 24.5, 45.5, 35.5]]
+    noisy = one.pixels.astype(np.int64) + np.random.default_rng(1).integers(-20, 21, one.pixels.shape)
+    one = picture(np.clip(noisy, 0, 255).astype(np.uint8), boxes)
+    data = encode_bytes(one, target_psnr=22.0, object_psnr=33.0)[0]
+    pixels = decoded(data)
+    mask = inside(one)
+    assert whole_psnr(pixels[mask], one.pixels[mask]) >= 33.0 - 0.1
+    assert len(parse(data).networks) >= 3
+
+
+def test_boxes_at_the_border_and_of_a_pixel() -> None:
+    one = picture(busy().pixels, [[0, 0, 9.5, 80], [111.2, 79.5, 112, 80], [50, 0, 50.25, 0.5], [0, 0, 112, 80]])
+    found = encode(one, target_psnr=24.0, object_psnr=34.0)
+    assert (found.object_psnr or 0) >= 34.0 - 0.1
+
+
+def test_boxes_are_in_pixels_of_the_source() -> None:
+    one = busy()
+    scaled = picture(one.pixels, one.boxes * 3, source=(240, 336))
+    a, b = encode(one, target_psnr=24.0, object_psnr=33.0), encode(scaled, target_psnr=24.0, object_psnr=33.0)
+    assert [network.rect for network in a.networks] == [network.rect for network in b.networks]
+    assert b.source_size == (240, 336)
+
+
+# --- pictures ---
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (15, 17), (16, 16), (17, 600), (1, 40), (3, 2)])
+def test_pictures_of_any_size(size: tuple[int, int], layers: int) -> None:
+    one = picture(natural(1, *size))
+    data = encode_bytes(one, target_psnr=28.0, layers=layers)[0]
+    assert whole_psnr(decoded(data), one.pixels) >= 28.0
+
+
+@pytest.mark.parametrize("level", [0, 127, 128, 255])
+def test_a_picture_of_one_colour_is_a_few_bytes(level: int) -> None:
+    one = picture(np.full((48, 64, 3), level, np.uint8), [[10, 10, 30, 30]])
+    data = encode_bytes(one)[0]
+    assert whole_psnr(decoded(data), one.pixels) >= TARGET_WITH_RESIDUALS
+    assert parse(data).family == "tile"
+    assert len(data) < 400
+
+
+def test_labels_and_hash_are_kept() -> None:
+    one = busy(label=4, source_hash=b"abcd")
+    found = encode(one)
+    assert (found.label, found.source_hash, found.stored_size) == (4, b"abcd", (80, 112))
+    np.testing.assert_array_equal(found.boxes, one.boxes)
+    np.testing.assert_array_equal(found.classes, one.classes)
+
+
+def test_a_large_picture_is_analysed_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis, _ = load_analysis(tiny_analysis(CHANNELS), "tiny")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in analysis.correction.parameters():  # a correction that sees as far as any
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+        source = torch.from_numpy(natural(2, 700, 50)).permute(2, 0, 1).float() - 127.5
+        whole = analyse(analysis, source)
+        for band in (1, 5, 32):
+            monkeypatch.setattr(encode_tile, "LARGE", 0)
+            monkeypatch.setattr(encode_tile, "BAND_TILES", band)
+            parts = analyse(analysis, source)
+            assert parts.shape == whole.shape == (CHANNELS, 44, 4)
+            torch.testing.assert_close(parts, whole, atol=1e-2, rtol=1e-4)
+
+
+# --- limits ---
+
+
+def test_max_bytes_is_kept_by_coarser_steps() -> None:
+    one = busy()
+    free = encode_bytes(one, target_psnr=28.0, object_psnr=34.0)[0]
+    for most in (len(free) // 2, len(free) // 3):
+        data = encode_bytes(one, target_psnr=28.0, object_psnr=34.0, max_bytes=most)[0]
+        assert len(data) <= most
+        assert parse(data).family == "tile"
+        assert (parse(data).psnr or 0) > 18
+    assert encode_bytes(one, target_psnr=28.0, object_psnr=34.0, max_bytes=len(free))[0] == free
+
+
+def test_a_limit_that_nothing_keeps_gives_the_least_there_is() -> None:
+    data = encode_bytes(busy(), target_psnr=28.0, max_bytes=60)[0]
+    assert 60 < len(data) < 400
+    assert specs(parse(data)) == ["background"]
+    np.testing.assert_array_equal(parse(data).boxes, busy().boxes)
+
+
+def test_a_target_out_of_reach_of_tiles_is_a_jpeg() -> None:
+    """White noise: a basis of few channels shows little of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    data = encode_bytes(picture(noise), target_psnr=30.0)[0]
+    parsed = parse(data)
+    assert parsed.networks[0].spec == JpegSpec()
+    assert whole_psnr(decoded(data), noise) >= 30.0
+    assert parsed.shared == bytes(8)
+    small = encode_bytes(picture(noise), target_psnr=30.0, max_bytes=len(data) - 1)[0]
+    assert parse(small).family == "tile"
+
+
+def test_a_target_that_nothing_reaches_gives_the_best_there_is() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    parsed = encode(picture(noise), target_psnr=80.0)
+    assert parsed.family in ("tile", "jpeg")
+    assert (parsed.psnr or 0) < 80
+
+
+def test_steps_stay_within_what_was_trained() -> None:
+    flat = picture(np.full((32, 32, 3), 90, np.uint8))
+    assert encode(flat, target_psnr=10.0).networks[0].scale <= MOST_STEP + 1e-3
+
+
+# --- what the bytes depend on ---
+
+
+def mixed() -> list[Picture]:
+    return [busy(0), busy(1, 64, 96), busy(2, boxes=False), busy(3, blind=True), picture(natural(4, 33, 70))]
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
+    expected = encode_bytes(*mixed(), target_psnr=26.0, refine=3)
+    assert encode_bytes(*mixed(), target_psnr=26.0, refine=3, threads=threads) == expected
+
+
+def test_a_picture_does_not_depend_on_its_unit_but_for_where_residuals_lie() -> None:
+    without = [one for one in mixed() if not len(one.boxes) or one.blind]
+    together = encode_bytes(*without, target_psnr=26.0)
+    assert [encode_bytes(one, unit=f"other {i}", target_psnr=26.0)[0] for i, one in enumerate(without)] == together
+    a, b = (parse(encode_bytes(busy(), unit=unit, target_psnr=24.0)[0]) for unit in ("a", "b"))
+    assert [network.rect for network in a.networks] != [network.rect for network in b.networks]
+    assert encode_bytes(busy(), unit="a", target_psnr=24.0) == encode_bytes(busy(), unit="a", target_psnr=24.0)
+
+
+def test_no_gradients_are_kept() -> None:
+    """Each thread has its own switch: activations of a large picture would stay in memory."""
+    seen: list[bool] = []
+    genuine = encode_tile.analyse
+
+    def spy(*args: Any) -> torch.Tensor:
+        found = genuine(*args)
+        seen.append(found.requires_grad)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_tile, "analyse", spy)
+        encode_bytes(*mixed()[:3], threads=2)
+    assert seen == [False] * 3
+
+
+def test_every_picture_is_told_once_it_is_done() -> None:
+    calls: list[int] = []
+    lock = threading.Lock()
+
+    def on_background() -> None:
+        with lock:
+            calls.append(1)
+
+    settings = Settings(family="tile", dictionary=TINY.sha256)
+    encode_unit(mixed(), settings, unit="u", threads=2, shared=tiny_shared(CHANNELS), on_background=on_background)
+    assert len(calls) == len(mixed())
+
+
+# --- dictionaries ---
+
+
+def test_a_dictionary_without_its_analysis_is_an_error() -> None:
+    settings = Settings(family="tile", dictionary=TINY.sha256)
+    for shared in ({}, {TINY.sha256: TINY.data}, {"analysis": tiny_analysis(CHANNELS)}, {TINY.sha256: TINY.data, "analysis": tiny_analysis()}):
+        with pytest.raises(ConfigError, match=TINY.sha256):
+            encode_unit([busy()], settings, unit="u", threads=1, shared=shared)
+
+
+def test_the_shipped_dictionary_shows_a_drawn_scene() -> None:
+    scene = draw_scene(0, width=160, height=120)
+    data = encode_unit([picture(scene.image, scene.boxes)], Settings(family="tile"), unit="u", threads=1)[0]
+    parsed = parse(data)
+    assert parsed.shared == shipped().key
+    assert (parsed.psnr or 0) >= TARGET_WITH_RESIDUALS
+    assert (parsed.object_psnr or 0) >= encode_tile.OBJECT_TARGET - 0.1
+    found = decode_batch([data])[0].permute(1, 2, 0).numpy()
+    assert whole_psnr(found, scene.image) == pytest.approx(parsed.psnr, abs=0.006)
