@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tile_reader
 from conftest import REPOSITORY, assert_close
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
-from rinr_loader import jpeg_header, specs
-from rinr_loader.bundle import NO_OBJECT, NetworkSpec, parse
+from rinr_loader import dictionary, jpeg_header, specs
+from rinr_loader.bundle import NO_OBJECT, NetworkSpec, TileSpec, parse
 from rinr_loader.index import encode_key
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -110,12 +112,15 @@ def test_a_bundle_read_by_the_tables_is_the_bundle_that_is_parsed(name: str) -> 
         if isinstance(spec, NetworkSpec):
             assert DTYPES[record["dtype"]] == spec.dtype
             assert (record["depth"], record["width"], record["w0"]) == (spec.depth, spec.width, spec.w0)
+        elif isinstance(spec, TileSpec):
+            assert DTYPES[record["dtype"]] == "latents"
+            assert (record["depth"], record["width"], record["w0"]) == (spec.layers, spec.lanes, 0)
         else:
             assert DTYPES[record["dtype"]] == "jpeg"
             assert (record["depth"], record["width"], record["w0"], record["scale"]) == (0, 0, 0, 1)
         assert (record["rect"], record["scale"], record["feather"]) == (network.rect, network.scale, network.feather)
         assert record["object"] == (65535 if network.object < 0 else network.object)
-        assert record["offset"] % 16 == 0
+        assert record["offset"] % 16 == 0 or not record["length"]
         assert data[record["offset"] : record["offset"] + record["length"]] == network.weights
 
 
@@ -140,6 +145,37 @@ def read_weights(data: bytes, record: dict[str, Any]) -> list[tuple[NDArray[np.f
     return result
 
 
+def dictionary_of(shared: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    """The tensors of the golden dictionary, which a bundle has to name."""
+    data = (GOLDEN / "dictionary.bin").read_bytes()
+    assert bytes(shared) == hashlib.sha256(data).digest()[:8]
+    tensors: dict[str, NDArray[Any]] = load(data)
+    return tensors
+
+
+@pytest.mark.parametrize("path", [GOLDEN / "dictionary.bin", REPOSITORY / "rinr_loader" / "dictionaries" / "generic.bin"], ids=lambda path: path.name)
+def test_a_dictionary_has_the_tensors_of_its_table(path: Path) -> None:
+    columns = load(path.read_bytes())
+    size = {"C": len(columns["basis"]), "T": len(columns["radius"])}
+    listed = set()
+    for names, dtype, shapes, _ in table("Dictionary"):
+        tensors = names.split(", ")
+        each = shapes.split("; ") if ";" in shapes else [shapes] * len(tensors)
+        for name, shape in zip(tensors, each, strict=True):
+            kind = name.split(".")[0]
+            if name.endswith(("ends", "tables", "buckets", "classes")):
+                size |= {"C": len(columns["basis"]) if kind == "background" else 192, "G": len(columns[f"{kind}.ends"])}
+                size |= {"K": len(columns[f"{kind}.tables"]), "49 G": 49 * size["G"]}
+            wanted = tuple(size.get(side, 0) or int(side) for side in shape.split(", "))
+            assert (str(columns[name].dtype), columns[name].shape) == (dtype, wanted), name
+            listed.add(name)
+    assert listed == set(columns)
+    stated = re.search(r"C is at most (\d+), K (\d+), G (\d+) and T (\d+)", (REPOSITORY / "docs" / "FORMAT.md").read_text())
+    assert stated
+    limits = dictionary.MAX_CHANNELS, dictionary.MAX_CLASSES, dictionary.MAX_GROUPS, dictionary.MAX_TABLES
+    assert tuple(map(int, stated.groups())) == limits
+
+
 def decode_by_the_text(data: bytes) -> NDArray[np.uint8]:
     """The picture at its stored size, by the section "Decoding", one network after the other, in float64."""
     header, _, networks = read_bundle(data)
@@ -148,6 +184,17 @@ def decode_by_the_text(data: bytes) -> NDArray[np.uint8]:
         (record,) = networks
         file = data[record["offset"] : record["offset"] + record["length"]]
         return np.array(Image.open(io.BytesIO(file)).convert("RGB"))
+    if FAMILIES[header["family"]] == "tile":
+        levels = tile_reader.read_picture(
+            dictionary_of(header["shared"]),
+            data[networks[0]["offset"] : networks[0]["offset"] + networks[0]["length"]],
+            layers=networks[0]["depth"],
+            lanes=networks[0]["width"],
+            rects=[record["rect"] for record in networks],
+            steps=[record["scale"] for record in networks],
+            feathers=[record["feather"] for record in networks],
+        )
+        return np.rint(np.clip(levels, 0, 255)).astype(np.uint8).transpose(1, 2, 0)
     y, x = np.mgrid[0:height, 0:width] + 0.5
     colour = np.zeros((3, height, width))
     for record in networks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from conftest import REPOSITORY, assert_close, psnr
 from PIL import Image
 
 from rinr_loader import DataLoader, RinrDataset
-from rinr_loader.bundle import DTYPES, KINDS, NetworkSpec, pack, parse
+from rinr_loader.bundle import DTYPES, KINDS, NetworkSpec, TileSpec, pack, parse
 from rinr_loader.decode import decode_batch
+from rinr_loader.dictionary import Dictionary, load
 from rinr_loader.index import decode_key, dump_index, index_shard
 from rinr_loader.writer import read_tar, write_tar
 
 GOLDEN = REPOSITORY / "tests" / "golden"
 SIREN = ("be", "bs-label-no-objects", "de", "gray-one-row", "int8-residuals", "qre", "re-smaller-than-source")
 JPEG = ("jpeg", "jpeg-gray", "jpeg-progressive")
-BUNDLES = (*SIREN, *JPEG)
+TILE = ("tile-1", "tile-2", "tile-one-row")
+BUNDLES = (*SIREN, *TILE, *JPEG)
 DATASETS = ("dataset", "dataset-jpeg")
 SHARDS = ("train/train-000000", "train/train-000001", "val/val-000000")
 DATASET = {"train": ["plain", "v1.2/frame 07.left", "ü"], "val": ["a"]}
@@ -39,8 +42,19 @@ def bundle(name: str) -> bytes:
     return (GOLDEN / "bundles" / f"{name}.rinr").read_bytes()
 
 
+def shared() -> dict[bytes, Dictionary]:
+    """The dictionary of the golden tiles, by the hash that they name it by."""
+    found = load((GOLDEN / "dictionary.bin").read_bytes(), "dictionary.bin")
+    return {found.key: found}
+
+
 def test_every_golden_file_is_there_and_no_other() -> None:
-    wanted = {"make.py", "bundles.json", *(f"{root}/{name}" for root in DATASETS for name in ("dataset.json", "data.yaml", "report.json"))}
+    wanted = {
+        "make.py",
+        "bundles.json",
+        "dictionary.bin",
+        *(f"{root}/{name}" for root in DATASETS for name in ("dataset.json", "data.yaml", "report.json")),
+    }
     wanted |= {f"bundles/{name}.rinr" for name in BUNDLES} | {f"pixels/{name}.png" for name in BUNDLES}
     wanted |= {f"pixels/{root}-{split}-{i}.png" for root in DATASETS for split, keys in DATASET.items() for i in range(len(keys))}
     wanted |= {f"{root}/{shard}.{suffix}" for root in DATASETS for shard in SHARDS for suffix in ("tar", "safetensors")}
@@ -57,11 +71,19 @@ def test_golden_bundles_are_of_every_kind_and_dtype() -> None:
     assert any(parse(bundle(name)).label >= 0 for name in BUNDLES)
 
 
+def test_golden_tiles_are_of_both_layers_of_many_lanes_and_have_residuals() -> None:
+    parsed = {name: parse(bundle(name)) for name in TILE}
+    backgrounds = [one.networks[0].spec for one in parsed.values()]
+    assert {spec.layers for spec in backgrounds if isinstance(spec, TileSpec)} == {1, 2}
+    assert max(spec.lanes for spec in backgrounds if isinstance(spec, TileSpec)) >= 8
+    assert [len(one.networks) for one in parsed.values()] == [3, 3, 1]
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_bundle_decodes_to_its_pixels(name: str) -> None:
     wanted = pixels(name)
     assert wanted.std() > 5, "a golden picture of one colour proves nothing"
-    assert_close(decode_batch([bundle(name)])[0].permute(1, 2, 0), wanted, "pixels")
+    assert_close(decode_batch([bundle(name)], shared=shared())[0].permute(1, 2, 0), wanted, "pixels")
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -88,6 +110,13 @@ def test_golden_residuals_matter() -> None:
     parsed = parse(bundle("qre"))
     without = decode_batch([pack(type(parsed)(parsed.stored_size, parsed.source_size, parsed.networks[:1]))])[0].permute(1, 2, 0)
     assert psnr(without, pixels("qre")) < 35
+
+
+@pytest.mark.parametrize("name", ["tile-1", "tile-2"])
+def test_golden_residuals_of_tiles_matter(name: str) -> None:
+    parsed = parse(bundle(name))
+    coarser = replace(parsed, networks=(parsed.networks[0], *(replace(one, scale=one.scale / 1000) for one in parsed.networks[1:])))
+    assert psnr(decode_batch([pack(coarser)], shared=shared())[0].permute(1, 2, 0), pixels(name)) < 40
 
 
 @pytest.mark.parametrize("root", DATASETS)

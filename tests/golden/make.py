@@ -17,18 +17,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rinr_loader import presets
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dictionaries import analysis_of, natural, tiny_dictionary
+
+from rinr_loader import presets, stream
 from rinr_loader.bundle import Bundle, pack, parse
 from rinr_loader.codecs import siren
 from rinr_loader.convert import Job, convert
 from rinr_loader.dataset import RinrDataset
 from rinr_loader.decode import decode_batch
+from rinr_loader.dictionary import Dictionary, load
 from rinr_loader.encode import Picture, encode_unit
 from rinr_loader.fit import Schedule
 from rinr_loader.presets import Preset, Settings
 from rinr_loader.source import Sample, Source
 
 GOLDEN = Path(__file__).parent
+DICTIONARY = GOLDEN / "dictionary.bin"
 TINY = Preset(((3, 16),), Schedule(400, 2e-3, 512), ((2, 10), (3, 14)), (150.0,), Schedule(800, 3e-3, 256))
 BOXES = np.array([[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]], np.float32)  # two that overlap, one cut by the border
 CLASSES = np.array([1, 0, 2], np.int64)
@@ -111,6 +117,30 @@ def siren_bundles() -> dict[str, bytes]:
     }
 
 
+def dictionary() -> Dictionary:
+    """The dictionary of the golden tiles: once made, never again."""
+    if not DICTIONARY.exists():
+        DICTIONARY.write_bytes(tiny_dictionary().data)
+    return load(DICTIONARY.read_bytes(), DICTIONARY.name)
+
+
+def tile_bundles() -> dict[str, bytes]:
+    """Both layers, with residuals that overlap; one with several lanes, one smaller than a tile, one without latents."""
+    shared = {dictionary().sha256: dictionary().data, "analysis": analysis_of(dictionary())}
+
+    def encode(picture: Picture, **settings: Any) -> bytes:
+        height, width, _ = picture.pixels.shape
+        softer = np.rint(0.75 * natural(height, height, width) + 0.25 * picture.pixels).astype(np.uint8)  # few channels show no hard edges
+        picture = replace(picture, pixels=softer)
+        return encode_unit([picture], Settings(family="tile", dictionary=dictionary().sha256, **settings), unit="tile", threads=1, shared=shared)[0]
+
+    one = encode(picture(45, 37), target_psnr=27.0, object_psnr=34.0, layers=1)
+    lanes, stream.SYMBOLS_A_LANE = stream.SYMBOLS_A_LANE, 200
+    two = encode(picture(45, 37, source=(90, 74)), target_psnr=26.0, object_psnr=33.0, layers=2)
+    stream.SYMBOLS_A_LANE = lanes
+    return {"tile-1": one, "tile-2": two, "tile-one-row": encode(picture(19, 1, boxes=False, label=3), target_psnr=21.0)}
+
+
 def described(bundle: Bundle) -> dict[str, Any]:
     """What parsing must give, weights aside."""
     networks = [{"spec": str(n.spec), "rect": n.rect, "scale": n.scale, "feather": n.feather, "object": n.object} for n in bundle.networks]
@@ -143,7 +173,7 @@ def source() -> Source:
     return Source("drawn", samples, ("box", "ball", "corner"))
 
 
-FAMILIES = {"siren": siren_bundles, "jpeg": jpeg_bundles}
+FAMILIES = {"siren": siren_bundles, "tile": tile_bundles, "jpeg": jpeg_bundles}
 DATASETS = {"siren": ("dataset", Settings("fast", family="siren")), "jpeg": ("dataset-jpeg", Settings(family="jpeg"))}
 
 
@@ -153,10 +183,14 @@ def main(family: str) -> None:
     expected = json.loads(described_in.read_text()) if described_in.exists() else {}
     for name, data in FAMILIES[family]().items():
         (GOLDEN / "bundles" / f"{name}.rinr").write_bytes(data)
-        Image.fromarray(decode_batch([data])[0].permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"{name}.png")
+        Image.fromarray(decode_batch([data], shared={dictionary().key: dictionary()})[0].permute(1, 2, 0).numpy()).save(
+            GOLDEN / "pixels" / f"{name}.png"
+        )
         expected[name] = described(parse(data))
     lines = [f"{json.dumps(name)}: {json.dumps(about)}" for name, about in expected.items()]
     described_in.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    if family not in DATASETS:
+        return
     folder, settings = DATASETS[family]
     shutil.rmtree(GOLDEN / folder, ignore_errors=True)
     convert(source(), GOLDEN / folder, Job(settings, shard_samples=2))
