@@ -22,6 +22,7 @@ ESCAPED = np.dtype("<i2")
 LARGEST = 32767
 # A lane costs 3 bytes, and below about 2,000 symbols more of them hardly save time (benchmarks/rans.py).
 SYMBOLS_A_LANE, MOST_LANES = 2048, 64
+TILES_A_BYTE = 256  # at most; the emptiest picture has some 15, and without a limit a few bytes could claim work for hours
 
 Rect = tuple[int, int, int, int]
 
@@ -41,12 +42,24 @@ class Lattice:
     rect: Rect
 
 
-def write_stream(dictionary: Dictionary, background: Lattice, residuals: Sequence[Lattice]) -> tuple[bytes, int]:
-    """Code the latents of one picture.
+def write_streams(dictionary: Dictionary, pictures: Sequence[tuple[Lattice, Sequence[Lattice]]]) -> list[tuple[bytes, int]]:
+    """Code the latents of pictures: the background of each, and its residuals.
 
     Returns:
-        The stream, and the number of its lanes.
+        The stream of each picture, and the number of its lanes.
     """
+    found = [_steps(dictionary, background, residuals) for background, residuals in pictures]
+    streams = rans.encode([symbols for symbols, _, _ in found], [rows for _, rows, _ in found], dictionary.tables)
+    return [(stream + escaped, rows.shape[1]) for stream, (_, rows, escaped) in zip(streams, found, strict=True)]
+
+
+def write_stream(dictionary: Dictionary, background: Lattice, residuals: Sequence[Lattice]) -> tuple[bytes, int]:
+    """`write_streams` of one picture."""
+    return write_streams(dictionary, [(background, residuals)])[0]
+
+
+def _steps(dictionary: Dictionary, background: Lattice, residuals: Sequence[Lattice]) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes]:
+    """What the coder takes for one picture: symbols and their tables, `(steps, lanes)`, and the escapes."""
     lists = [_symbols(dictionary, dictionary.background, background)]
     lists += [_symbols(dictionary, dictionary.residual, part) for part in residuals]
     values, tables, escaped = (np.concatenate(parts) for parts in zip(*lists, strict=True))
@@ -60,7 +73,7 @@ def write_stream(dictionary: Dictionary, background: Lattice, residuals: Sequenc
     dealt = rans.deal(tables, lanes)
     steps.append((np.where(dealt < 0, 0, rans.deal(values, lanes)), dealt))
     symbols, rows = (np.concatenate(parts) for parts in zip(*steps, strict=True))
-    return rans.encode([symbols], [rows], dictionary.tables)[0] + escaped.astype(ESCAPED).tobytes(), lanes
+    return symbols, rows, escaped.astype(ESCAPED).tobytes()
 
 
 def read_streams(
@@ -88,6 +101,10 @@ def read_streams(
         BundleError: A stream is damaged.
     """
     shapes = [[lattice_of(rect, RESIDUAL_TILE if i else TILE) for i, rect in enumerate(mine)] for mine in rects]
+    for mine, (first, last), name in zip(shapes, spans, names, strict=True):
+        tiles = sum(rows * columns for rows, columns in mine)
+        if tiles > TILES_A_BYTE * (last - first):
+            raise BundleError(f"{name}: expected at most {TILES_A_BYTE} tiles a byte, got {tiles} in {last - first} bytes; fetch or convert it again")
     starts, ends = (np.array([span[i] for span in spans], np.int64) for i in range(2))
     decoder = rans.Decoder(data, starts, ends, np.array(lanes), dictionary.tables)
     backgrounds = _decode_classes(decoder, dictionary.background, [mine[:1] for mine in shapes], None)

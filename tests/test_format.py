@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load, load_file
 
-from rinr_loader import dictionary, jpeg_header, specs
+from rinr_loader import dictionary, jpeg_header, specs, stream
 from rinr_loader.bundle import NO_OBJECT, NetworkSpec, TileSpec, parse
 from rinr_loader.index import encode_key
 
@@ -288,6 +288,7 @@ def test_limits_are_those_of_the_code() -> None:
         "networks": NO_OBJECT,
         "layers of a `tile`": specs.MAX_LAYERS,
         "lanes of a `tile`": specs.MAX_LANES,
+        "tiles of all lattices for each byte of a `tile` stream": stream.TILES_A_BYTE,
         "pixels for each byte of a `jpeg`": jpeg_header.PIXELS_A_BYTE,
         "scans of a `jpeg`": jpeg_header.MAX_SCANS,
     }
