@@ -32,12 +32,13 @@ from rinr_loader.encode_jpeg import overhead, smallest_jpeg
 from rinr_loader.errors import ConfigError
 from rinr_loader.lanes import Lanes, check_device, running
 from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, improve, psnr_of, quantise
-from rinr_loader.measured import pack_measured
+from rinr_loader.measured import pack_all, pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask
-from rinr_loader.residuals import FEATHER, place_residuals
-from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_stream
+from rinr_loader import residuals as placing
+from rinr_loader.residuals import place_residuals
+from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_streams
 from rinr_loader.tiles import weight_of
 
 # PSNR in dB where no target is given: modest where residuals give the objects their quality, and higher where nothing else will.
@@ -47,6 +48,7 @@ LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
 TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
 SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
 COARSER = 1.2  # by which steps grow where a bundle is too large
+TOGETHER = 16  # pictures that are entropy coded and measured at once
 LARGE = 1 << 22  # pixels above which a picture is analysed in bands
 BAND_TILES, HALO_TILES = 32, 4  # the analysis sees 2 tiles far
 
@@ -90,6 +92,19 @@ class Coded:
     psnr: float
 
 
+@dataclass(frozen=True)
+class Latents:
+    """All of a picture as quantised.
+
+    Args:
+        background: The whole of it.
+        residuals: Latents, step in grey levels and object of each, in their order.
+    """
+
+    background: Coded
+    residuals: Sequence[tuple[Lattice, float, int]]
+
+
 def encode_unit(
     pictures: Sequence[Picture],
     settings: Settings,
@@ -109,14 +124,23 @@ def encode_unit(
     coder = coder_of(settings.dictionary, shared or {})
 
     @torch.no_grad()  # which holds for one thread only
-    def encode(i: int) -> bytes:
-        bundle = _encode(pictures[i], settings, coder, lanes.generator("place", i))
+    def encode(i: int) -> bytes | Latents:
+        found = _encode(pictures[i], settings, coder, lanes.generator("place", i))
         if on_background is not None:
             on_background()
-        return bundle
+        return found
+
+    @torch.no_grad()
+    def finish(rows: Sequence[int]) -> list[bytes]:
+        return _pack(coder, [pictures[i] for i in rows], settings, [part for i in rows if isinstance(part := coded[i], Latents)])
 
     with running(lanes):
-        return lanes.map(encode, range(len(pictures)))
+        coded = lanes.map(encode, range(len(pictures)))
+        # The entropy coder takes a step for many pictures in the time that it needs for one.
+        waiting = [i for i, found in enumerate(coded) if isinstance(found, Latents)]
+        chunks = [waiting[first : first + TOGETHER] for first in range(0, len(waiting), TOGETHER)]
+        packed = dict(zip(waiting, (bundle for part in lanes.map(finish, chunks) for bundle in part), strict=True))
+    return [packed[i] if isinstance(found, Latents) else found for i, found in enumerate(coded)]
 
 
 def coder_of(sha256: str, shared: Mapping[str, bytes]) -> Coder:
@@ -147,8 +171,8 @@ def _coder(dictionary: Dictionary, analysis: Analysis) -> Coder:
     return Coder(dictionary, analysis, background, inside, dictionary.basis.square().sum((1, 2, 3)))
 
 
-def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch.Generator) -> bytes:
-    """The smallest bundle that reaches the targets; where none does within `max_bytes`, a JPEG that does, or else the best there is."""
+def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch.Generator) -> bytes | Latents:
+    """What reaches the targets with the fewest bytes; where nothing does within `max_bytes`, a JPEG that does, or else the best there is."""
     source = torch.from_numpy(picture.pixels).permute(2, 0, 1).float() - 127.5
     has_residuals = settings.has_residuals and not picture.blind and bool((~picture.crowd).any())
     target = settings.target_psnr
@@ -159,21 +183,22 @@ def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch
     background = _search(coder, latents, source, target, settings)
     rects = [(placed.object, placed.rect) for placed in place_residuals(picture, generator)] if has_residuals else []
 
-    def bundle(background: Coded, coarser: float) -> tuple[bytes, bool]:
-        residuals, reached = _residuals(coder, picture, source, background, rects, object_target, coarser)
-        return _pack(coder, picture, settings, background, residuals), reached
+    def bundle(latents: Latents) -> bytes:
+        return _pack(coder, [picture], settings, [latents])[0]
 
-    data, reached = bundle(background, 1.0)
+    residuals, reached = _residuals(coder, picture, source, background, rects, object_target, 1.0)
+    found_latents = Latents(background, residuals)
     reached &= background.psnr >= target
+    data = b"" if settings.max_bytes is None else bundle(found_latents)
     if reached and (settings.max_bytes is None or len(data) <= settings.max_bytes):
-        return data
+        return data or found_latents
     mask = picture.object_mask
     found = smallest_jpeg(picture.pixels, target, mask if object_target is not None else None, object_target)
     if found is not None and (settings.max_bytes is None or len(found[0]) + overhead(len(picture.boxes)) <= settings.max_bytes):
         height, width = picture.pixels.shape[:2]
         return pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, found[0])], "cpu")
     if settings.max_bytes is None or len(data) <= settings.max_bytes:
-        return data
+        return data or found_latents
 
     # The finest of coarser steps that fit, by bisection; where not even the coarsest do, the background alone.
     low, high = 1, math.ceil(math.log(MOST_STEP / LEAST_RESIDUAL_STEP, COARSER)) + 1
@@ -181,23 +206,28 @@ def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch
     while low < high:
         middle = (low + high) // 2
         factor = COARSER**middle
-        data, _ = bundle(_trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings), factor)
+        coarse = _trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings)
+        data = bundle(Latents(coarse, _residuals(coder, picture, source, coarse, rects, object_target, factor)[0]))
         if len(data) <= settings.max_bytes:
             fitting, high = data, middle
         else:
             low = middle + 1
-    return fitting or _pack(coder, picture, settings, _trial(coder, latents, source, MOST_STEP, settings), [])
+    return fitting or bundle(Latents(_trial(coder, latents, source, MOST_STEP, settings), []))
 
 
-def _pack(coder: Coder, picture: Picture, settings: Settings, background: Coded, residuals: Sequence[tuple[Lattice, float, int]]) -> bytes:
-    height, width = picture.pixels.shape[:2]
-    whole = (0, 0, width, height)
-    columns = lattice_of(whole, TILE)[1]
-    symbols = differences(background.integers, columns, coder.dictionary.predicted).long().numpy()
-    stream, lanes = write_stream(coder.dictionary, Lattice(symbols, background.classes.numpy(), whole), [lattice for lattice, _, _ in residuals])
-    networks = [Network(TileSpec("background", settings.layers, lanes), whole, background.step, stream)]
-    networks += [Network(TileSpec("residual"), lattice.rect, step, b"", FEATHER, number) for lattice, step, number in residuals]
-    return pack_measured(picture, networks, "cpu", shared_hash=coder.dictionary.key, shared={coder.dictionary.key: coder.dictionary})
+def _pack(coder: Coder, pictures: Sequence[Picture], settings: Settings, latents: Sequence[Latents]) -> list[bytes]:
+    """Bundles of pictures whose latents are chosen."""
+    wholes = [(0, 0, picture.pixels.shape[1], picture.pixels.shape[0]) for picture in pictures]
+    lattices = []
+    for found, whole in zip(latents, wholes, strict=True):
+        symbols = differences(found.background.integers, lattice_of(whole, TILE)[1], coder.dictionary.predicted).long().numpy()
+        lattices.append((Lattice(symbols, found.background.classes.numpy(), whole), [lattice for lattice, _, _ in found.residuals]))
+    networks = []
+    for found, whole, (stream, lanes) in zip(latents, wholes, write_streams(coder.dictionary, lattices), strict=True):
+        background = Network(TileSpec("background", settings.layers, lanes), whole, found.background.step, stream)
+        residuals = [Network(TileSpec("residual"), lattice.rect, step, b"", placing.FEATHER, number) for lattice, step, number in found.residuals]
+        networks.append([background, *residuals])
+    return pack_all(pictures, networks, "cpu", shared_hash=coder.dictionary.key, shared={coder.dictionary.key: coder.dictionary})
 
 
 def analyse(analysis: Analysis, source: Tensor) -> Tensor:
@@ -348,7 +378,7 @@ def _residuals(
         blocks = blocks_of(F.pad((wanted - now)[None], padding, mode="replicate")[0])
         values = blocks.flatten(1) @ coder.dictionary.residual_basis.flatten(1).T
         extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
-        weight = weight_of(rect, FEATHER, size, source.device)
+        weight = weight_of(rect, placing.FEATHER, size, source.device)
         measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
         integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
         if coarser > 1:
