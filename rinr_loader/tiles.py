@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -50,7 +51,29 @@ def tile_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[
         for i, parts in zip(mine, found, strict=True):
             latents[distinct[i]] = [torch.from_numpy(part).float().to(buffer.device) for part in parts]
     row = dict(zip(distinct, first, strict=True))
-    return [_surface(buffer, row[s], dictionaries[s], latents[s], rects[s], k) for s, k in zip(samples, reduce, strict=True)]
+
+    def surface(wanted: tuple[int, int]) -> Tensor:
+        sample, k = wanted
+        return _surface(buffer, row[sample], dictionaries[sample], latents[sample], rects[sample], k)
+
+    return _side_by_side(surface, list(zip(samples, reduce, strict=True)), buffer.device)
+
+
+def _side_by_side(surface: Callable[[tuple[int, int]], Tensor], wanted: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Make surfaces, on a CPU one for each thread: a single one is too little work to be shared by several."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(wanted) == 1:
+        return [surface(one) for one in wanted]
+
+    @torch.no_grad()  # which holds for one thread only
+    def alone(one: tuple[int, int]) -> Tensor:
+        return surface(one)
+
+    try:
+        with ThreadPoolExecutor(min(threads, len(wanted)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(alone, wanted))
+    finally:
+        torch.set_num_threads(threads)  # parts of torch have one number for all threads
 
 
 def _spec(buffer: ShardBuffer, row: int) -> TileSpec:
