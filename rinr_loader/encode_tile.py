@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rinr_loader import residuals as placing
 from rinr_loader.analysis import Analysis, load_analysis, shipped_analysis
 from rinr_loader.bundle import JpegSpec, Network, TileSpec
 from rinr_loader.codecs.tile import (
@@ -36,7 +37,6 @@ from rinr_loader.measured import pack_all, pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask
-from rinr_loader import residuals as placing
 from rinr_loader.residuals import place_residuals
 from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_streams
 from rinr_loader.tiles import weight_of
@@ -48,7 +48,7 @@ LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
 TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
 SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
 COARSER = 1.2  # by which steps grow where a bundle is too large
-TOGETHER = 16  # pictures that are entropy coded and measured at once
+TOGETHER = 1 << 22  # pixels of pictures that are entropy coded and measured at once, or one picture
 LARGE = 1 << 22  # pixels above which a picture is analysed in bands
 BAND_TILES, HALO_TILES = 32, 4  # the analysis sees 2 tiles far
 
@@ -128,7 +128,8 @@ def encode_unit(
         found = _encode(pictures[i], settings, coder, lanes.generator("place", i))
         if on_background is not None:
             on_background()
-        return found
+        # What waits for the others of its unit waits without its pixels, which are four times as large as all else.
+        return found if isinstance(found, bytes) else replace(found, background=replace(found.background, image=torch.empty(0)))
 
     @torch.no_grad()
     def finish(rows: Sequence[int]) -> list[bytes]:
@@ -138,8 +139,12 @@ def encode_unit(
         coded = lanes.map(encode, range(len(pictures)))
         # The entropy coder takes a step for many pictures in the time that it needs for one.
         waiting = [i for i, found in enumerate(coded) if isinstance(found, Latents)]
-        chunks = [waiting[first : first + TOGETHER] for first in range(0, len(waiting), TOGETHER)]
-        packed = dict(zip(waiting, (bundle for part in lanes.map(finish, chunks) for bundle in part), strict=True))
+        together: list[list[int]] = [[]]
+        for i in waiting:
+            if together[-1] and sum(pictures[j].pixels.size for j in (*together[-1], i)) > 3 * TOGETHER:
+                together.append([])
+            together[-1].append(i)
+        packed = dict(zip(waiting, (bundle for part in lanes.map(finish, together) for bundle in part), strict=True))
     return [packed[i] if isinstance(found, Latents) else found for i, found in enumerate(coded)]
 
 

@@ -20,7 +20,7 @@ def pack_measured(
     device: torch.device | str,
     *,
     shared_hash: bytes = bytes(8),
-    shared: Mapping[bytes, Any] | None = None,
+    shared: Mapping[bytes, Dictionary] | None = None,
 ) -> bytes:
     """Measure what a picture became, and pack it.
 
@@ -40,7 +40,7 @@ def pack_all(
     device: torch.device | str,
     *,
     shared_hash: bytes = bytes(8),
-    shared: Mapping[bytes, Any] | None = None,
+    shared: Mapping[bytes, Dictionary] | None = None,
 ) -> list[bytes]:
     """`pack_measured` for several pictures; those of one size are decoded together."""
     bundles = [

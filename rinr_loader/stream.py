@@ -101,10 +101,10 @@ def read_streams(
         BundleError: A stream is damaged.
     """
     shapes = [[lattice_of(rect, RESIDUAL_TILE if i else TILE) for i, rect in enumerate(mine)] for mine in rects]
-    for mine, (first, last), name in zip(shapes, spans, names, strict=True):
-        tiles = sum(rows * columns for rows, columns in mine)
-        if tiles > TILES_A_BYTE * (last - first):
-            raise BundleError(f"{name}: expected at most {TILES_A_BYTE} tiles a byte, got {tiles} in {last - first} bytes; fetch or convert it again")
+    for lattices, (begin, end), name in zip(shapes, spans, names, strict=True):
+        tiles = sum(down * across for down, across in lattices)
+        if tiles > TILES_A_BYTE * (end - begin):
+            raise BundleError(f"{name}: expected at most {TILES_A_BYTE} tiles a byte, got {tiles} in {end - begin} bytes; fetch or convert it again")
     starts, ends = (np.array([span[i] for span in spans], np.int64) for i in range(2))
     decoder = rans.Decoder(data, starts, ends, np.array(lanes), dictionary.tables)
     backgrounds = _decode_classes(decoder, dictionary.background, [mine[:1] for mine in shapes], None)

@@ -293,6 +293,7 @@ def test_max_bytes_is_kept_by_coarser_steps() -> None:
         assert len(data) <= most
         assert parse(data).family == "tile"
         assert (parse(data).psnr or 0) > 18
+        assert len(parse(data).networks) == 3  # objects keep their residuals as long as there is room
     assert encode_bytes(one, target_psnr=28.0, object_psnr=34.0, max_bytes=len(free))[0] == free
 
 
@@ -338,6 +339,26 @@ def mixed() -> list[Picture]:
 def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
     expected = encode_bytes(*mixed(), target_psnr=26.0, refine=3)
     assert encode_bytes(*mixed(), target_psnr=26.0, refine=3, threads=threads) == expected
+
+
+@pytest.mark.parametrize("together", [1, 20_000])
+def test_the_bytes_do_not_depend_on_how_many_are_coded_at_once(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = encode_bytes(*mixed(), target_psnr=26.0)
+    monkeypatch.setattr(encode_tile, "TOGETHER", together)
+    assert encode_bytes(*mixed(), target_psnr=26.0, threads=2) == expected
+
+
+def test_what_waits_for_its_unit_holds_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    genuine = encode_tile._pack
+
+    def spy(coder: Any, pictures: Any, settings: Any, latents: Any) -> list[bytes]:
+        seen.extend(found.background.image.numel() for found in latents)
+        return genuine(coder, pictures, settings, latents)
+
+    monkeypatch.setattr(encode_tile, "_pack", spy)
+    encode_bytes(*mixed(), target_psnr=24.0)
+    assert seen == [0] * 5
 
 
 def test_a_picture_does_not_depend_on_its_unit_but_for_where_residuals_lie() -> None:
