@@ -235,4 +235,3 @@ def improve(
             if share < LEAST_SHARE:
                 break
     return integers, classes
-
