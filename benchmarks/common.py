@@ -27,7 +27,7 @@ DATA = Path(os.environ.get("RINR_TEST_DATA") or Path(__file__).resolve().parents
 TILE_ROWS: dict[str, dict[str, Any]] = {
     f"tile-{layers}" + (f"-refine-{refine}" if refine else ""): {"family": "tile", "layers": layers, "refine": refine}
     for layers in (1, 2)
-    for refine in (0, 100, 300)
+    for refine in (0, 10, 100)
 }
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rinr_loader import residuals as placing
 from rinr_loader.analysis import Analysis, load_analysis, shipped_analysis
 from rinr_loader.bundle import JpegSpec, Network, TileSpec
 from rinr_loader.codecs.tile import (
@@ -230,7 +229,7 @@ def _pack(coder: Coder, pictures: Sequence[Picture], settings: Settings, latents
     networks = []
     for found, whole, (stream, lanes) in zip(latents, wholes, write_streams(coder.dictionary, lattices), strict=True):
         background = Network(TileSpec("background", settings.layers, lanes), whole, found.background.step, stream)
-        residuals = [Network(TileSpec("residual"), lattice.rect, step, b"", placing.FEATHER, number) for lattice, step, number in found.residuals]
+        residuals = [Network(TileSpec("residual"), lattice.rect, step, b"", FEATHER, number) for lattice, step, number in found.residuals]
         networks.append([background, *residuals])
     return pack_all(pictures, networks, "cpu", shared_hash=coder.dictionary.key, shared={coder.dictionary.key: coder.dictionary})
 
@@ -383,7 +382,7 @@ def _residuals(
         blocks = blocks_of(F.pad((wanted - now)[None], padding, mode="replicate")[0])
         values = blocks.flatten(1) @ coder.dictionary.residual_basis.flatten(1).T
         extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
-        weight = weight_of(rect, placing.FEATHER, size, source.device)
+        weight = weight_of(rect, FEATHER, size, source.device)
         measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
         integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
         if coarser > 1:
