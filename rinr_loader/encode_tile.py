@@ -36,7 +36,7 @@ from rinr_loader.measured import pack_all, pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask
-from rinr_loader.residuals import place_residuals
+from rinr_loader.residuals import FEATHER, place_residuals
 from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_streams
 from rinr_loader.tiles import weight_of
 

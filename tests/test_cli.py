@@ -125,7 +125,10 @@ USAGE: dict[str, tuple[Sequence[str], str]] = {
     ),
     "refining a sine network": (("convert", "a", "b", "--family", "siren", "--refine", "100"), "--refine: is of family tile, and not of siren"),
     "layers of a JPEG": (("convert", "a", "b", "--family", "jpeg", "--layers", "2"), "--layers: is of family tile, and not of jpeg"),
-    "bytes of a sine network": (("convert", "a", "b", "--family", "siren", "--max-bytes", "9000"), "--max-bytes: is of family tile and jpeg, and not of siren"),
+    "bytes of a sine network": (
+        ("convert", "a", "b", "--family", "siren", "--max-bytes", "9000"),
+        "--max-bytes: is of family tile and jpeg, and not of siren",
+    ),
     "no bytes": (("convert", "a", "b", "--family", "jpeg", "--max-bytes", "0"), "--max-bytes"),
     "three layers": (("convert", "a", "b", "--family", "tile", "--layers", "3"), "--layers"),
     "refining backwards": (("convert", "a", "b", "--family", "tile", "--refine", "-1"), "--refine"),

@@ -236,7 +236,9 @@ def test_odd_pictures_and_boxes(odd: dict[str, tuple[Picture, Bundle]], name: st
             assert away <= MARGIN + np.ceil(max(JITTER, JITTER_SHARE * extent))
             assert away >= MARGIN or network.rect[side] == border
         assert network.feather == FEATHER
-        assert network.spec == Settings("fast", mode="de" if network.spec.kind == "direct" else "qre", family="siren").residual_class(areas[network.object])
+        assert network.spec == Settings("fast", mode="de" if network.spec.kind == "direct" else "qre", family="siren").residual_class(
+            areas[network.object]
+        )
 
 
 @pytest.mark.parametrize("name", ODD_BOXES)
