@@ -9,7 +9,8 @@ much again for the parameters of its networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,17 +76,19 @@ def decode(
         raise ValueError(f"normalize: expected a floating dtype, got {dtype}; pass dtype=torch.float32")
     with torch.no_grad(), full_precision(buffer.device):
         view = stored_view(buffer, placements.to(buffer.device))
-        pixels = torch.zeros(count * height * width, 3, device=buffer.device)
-        covered = torch.zeros(count * height * width, dtype=torch.bool, device=buffer.device)
         networks, surfaces = split_families(buffer, view)
-        for level in _levels(buffer, view, networks, size, antialias):
-            for group, spec in enumerate(buffer.groups):
-                if isinstance(spec, NetworkSpec):
-                    mine = level[buffer.network_group[level.network] == group]
-                    for samples in torch.unique(mine.samples).tolist():
-                        _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, size, pixels, covered)
-        paint(buffer, view, surfaces, size, antialias, pixels, covered)
-        return _epilogue(pixels, covered, (count, height, width), fill, dtype, channels_last, normalize, out)
+        finish = _finisher(dtype, normalize, buffer.device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        if len(networks):
+            pixels, covered = _scratch(buffer, view, networks, (count, height, width), antialias)
+            pixels[~covered] = fill / 255
+            colour = finish(pixels.view(count, height, width, 3).permute(0, 3, 1, 2))
+            images = colour.to(dtype, memory_format=layout) if out is None else out.copy_(colour)
+        else:
+            images = torch.empty(count, 3, height, width, dtype=dtype, device=buffer.device, memory_format=layout) if out is None else out
+            images.copy_(finish(torch.full((3, 1, 1), fill / 255, device=buffer.device)))
+        paint(buffer, view, surfaces, antialias, images, finish)
+        return images
 
 
 def decode_batch(
@@ -151,6 +154,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
             place.fp32_precision = "none"  # as inherited, where that is the same
             if place.fp32_precision != precision:
                 place.fp32_precision = precision
+
+
+def _scratch(buffer: ShardBuffer, view: View, placement: Tensor, shape: tuple[int, int, int], antialias: bool) -> tuple[Tensor, Tensor]:
+    """Colour `(N * H * W, 3)` of placements of sine networks, before it is limited, and which pixels they cover."""
+    pixels = torch.zeros(math.prod(shape), 3, device=buffer.device)
+    covered = torch.zeros(math.prod(shape), dtype=torch.bool, device=buffer.device)
+    for level in _levels(buffer, view, placement, shape[1:], antialias):
+        for group, spec in enumerate(buffer.groups):
+            if isinstance(spec, NetworkSpec):
+                mine = level[buffer.network_group[level.network] == group]
+                for samples in torch.unique(mine.samples).tolist():
+                    _evaluate(buffer, view, mine[mine.samples == samples], spec, samples, shape[1:], pixels, covered)
+    return pixels, covered
 
 
 def _levels(buffer: ShardBuffer, view: View, placement: Tensor, size: tuple[int, int], antialias: bool) -> Iterator[Jobs]:
@@ -251,24 +267,16 @@ def _evaluate_tiles(
     pixels.index_add_(0, flat, values)
 
 
-def _epilogue(
-    pixels: Tensor,
-    covered: Tensor,
-    shape: tuple[int, int, int],
-    fill: float,
-    dtype: torch.dtype,
-    channels_last: bool,
-    normalize: Normalize | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Clamp, fill, normalise, cast and lay out. In place: the scratch is as large as a result in float32."""
-    pixels.clamp_(0, 1).masked_fill_(covered.logical_not_()[:, None], fill / 255)
-    if normalize is not None:
-        mean, std = (torch.tensor(values, device=pixels.device) for values in normalize)
-        pixels.sub_(mean).div_(std)
-    if not dtype.is_floating_point:
-        pixels.mul_(255).round_()
-    images = pixels.view(*shape, 3).permute(0, 3, 1, 2)
-    if out is not None:
-        return out.copy_(images)
-    return images.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def _finisher(dtype: torch.dtype, normalize: Normalize | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The last steps, once for every pixel: limit, normalise, round. In place: colour is as large as a result in float32."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in normalize or ((0.0,) * 3, (1.0,) * 3))
+
+    def finish(colour: Tensor) -> Tensor:
+        colour.clamp_(0, 1)
+        if normalize is not None:
+            colour.sub_(mean).div_(std)
+        if not dtype.is_floating_point:
+            colour.mul_(255).round_()
+        return colour
+
+    return finish

@@ -24,11 +24,12 @@ from rinr_loader.tiles import tile_surfaces
 from rinr_loader.view import Jobs, View, inside, map_points, points_a_side, reach, scales
 
 MAX_REDUCTION = 8
-PIXELS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of surfaces, 12 bytes each, and of pictures that are decoded to make them
+PIXELS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of surfaces, 12 bytes each, and of pictures that are decoded to make them
 POINTS = {"cpu": 1 << 15, "cuda": 1 << 23}  # sampled by one launch; on a CPU they should stay in the cache of a core
 UNIT = 1e-3  # pixels by which a placement may miss the pixels of a surface and still copy them
 
 Box = tuple[int, int, int, int]
+Finish = Callable[[Tensor], Tensor]
 MakeSurfaces = Callable[[ShardBuffer, Sequence[int], Sequence[int]], list[Tensor]]
 
 
@@ -63,15 +64,26 @@ def block_means(image: Tensor, k: int) -> Tensor:
 
     Args:
         image: `(C, H, W)`, of any type.
-        k: 1 or more.
+        k: A power of two.
 
     Returns:
         Float32, `(C, ceil(H / k), ceil(W / k))`, new.
     """
     if k == 1:
         return image.to(torch.float32, copy=True)
-    # Channel by channel: in between, only one of them is as large as four bytes a pixel.
-    return torch.cat([F.avg_pool2d(channel[None].float(), k, ceil_mode=True, count_include_pad=False) for channel in image])
+    _, height, width = image.shape
+    missing = -height % k, -width % k
+    channels = []
+    for channel in image.unbind():  # one by one: in between, only one of them is as large as four bytes a pixel
+        total = F.pad(channel.float(), (0, missing[1], 0, missing[0]))
+        step = k
+        while step > 1:  # halving sums is several times as fast as pooling
+            total, step = total[0::2] + total[1::2], step // 2
+            total = total[:, 0::2] + total[:, 1::2]
+        total[-1] *= k / (k - missing[0])
+        total[:, -1] *= k / (k - missing[1])
+        channels.append(total)
+    return torch.stack(channels).div_(k * k)
 
 
 # How each family makes its surfaces: a function of the buffer, samples and k of each. Equal samples stand side by side.
@@ -93,25 +105,23 @@ class _Placed:
     clip: Tensor
 
 
-def paint(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], antialias: bool, pixels: Tensor, covered: Tensor) -> None:
+def paint(buffer: ShardBuffer, view: View, rows: Tensor, antialias: bool, images: Tensor, finish: Finish) -> None:
     """Draw placements of samples that have surfaces.
 
     Args:
         buffer: Samples in memory.
         view: All placements.
         rows: Which of them are meant, int64.
-        size: Height and width of the images.
         antialias: Average over each output pixel; one point at its centre otherwise.
-        pixels: Where to draw, float32 `(N * H * W, 3)`.
-        covered: What has been drawn, bool `(N * H * W,)`.
+        images: Where to draw, `(N, 3, H, W)`; what they show does not change where no placement is seen.
+        finish: From colour `(3, h, w)`, which it may overwrite, to what `images` hold.
 
     Raises:
         BundleError: What a sample is stored as is damaged.
     """
     if not len(rows):
         return
-    placed = _placed(buffer, view, rows, size, antialias)
-    canvas, shown = pixels.view(-1, *size, 3), covered.view(-1, *size)
+    placed = _placed(buffer, view, rows, (images.shape[2], images.shape[3]), antialias)
     stored = buffer.stored_size.tolist()
     specs = [type(buffer.groups[group]) for group in buffer.network_group[buffer.network_start[:-1]].tolist()]
     for family in dict.fromkeys(specs[one.sample] for one in placed):
@@ -126,7 +136,7 @@ def paint(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], 
             surfaces = SURFACES[family](buffer, [sample for sample, _ in wanted], [k for _, k in wanted])
             for (sample, k), surface in zip(wanted, surfaces, strict=True):
                 for one in mine[sample][k]:
-                    _draw(one, surface, canvas[one.output], shown[one.output])
+                    _draw(one, surface, images[one.output], finish)
 
 
 def _placed(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], antialias: bool) -> list[_Placed]:
@@ -149,11 +159,11 @@ def _placed(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int]
     ]
 
 
-def _draw(one: _Placed, surface: Tensor, canvas: Tensor, shown: Tensor) -> None:
-    """Draw one placement into its image `(H, W, 3)`, and mark what it shows."""
-    steps = _unit_steps(one)
-    if steps is not None:
-        _copy(one, surface, steps, canvas, shown)
+def _draw(one: _Placed, surface: Tensor, image: Tensor, finish: Finish) -> None:
+    """Draw one placement into its image `(3, H, W)`."""
+    _, b, _, c, _, _, *last = one.numbers
+    if (b, c, last) == (0, 0, [0, 0, 1]) and all(map(math.isfinite, one.numbers)):
+        _draw_upright(one, surface, image, finish)
         return
     x0, y0, x1, y1 = one.box
     n, device = one.points, surface.device
@@ -170,9 +180,8 @@ def _draw(one: _Placed, surface: Tensor, canvas: Tensor, shown: Tensor) -> None:
         grid = (points / half - 1).view(1, 2, n * len(rows), n * len(columns)).permute(0, 2, 3, 1)
         colour = F.grid_sample(surface[None], grid, mode="bilinear", padding_mode="border", align_corners=False)
         colour = colour if n == 1 else F.avg_pool2d(colour, n)
-        place = slice(int(top), int(top) + len(rows)), slice(x0, x1)
-        canvas[place] = torch.where(visible[..., None], colour[0].permute(1, 2, 0), canvas[place])
-        shown[place] |= visible
+        place = image[:, top : top + len(rows), x0:x1]
+        place.copy_(torch.where(visible, finish(colour[0]), place))
 
 
 def _grid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,44 +189,66 @@ def _grid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.repeat(len(y))[None], y.repeat_interleave(len(x))[None]
 
 
-def _unit_steps(one: _Placed) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Direction and offset, for x and y, where every output pixel is one pixel of the surface; else None."""
-    a, b, tx, c, d, ty, *last = one.numbers
-    if one.points != 1 or last != [0, 0, 1] or not all(map(math.isfinite, one.numbers)):
-        return None
-    steps, far = [], max(one.box[2:])
-    for own, other, offset, ends in ((a, b, tx, one.box[::2]), (d, c, ty, one.box[1::2])):
-        sign, whole = (1 if own > 0 else -1), round(offset / one.reduce)
-        off = max(abs((own * end + offset) / one.reduce - (sign * end + whole)) for end in ends) + abs(other) / one.reduce * far
-        if off > UNIT:
-            return None
-        steps.append((sign, whole))
-    return steps[0], steps[1]
-
-
-def _copy(one: _Placed, surface: Tensor, steps: tuple[tuple[int, int], tuple[int, int]], canvas: Tensor, shown: Tensor) -> None:
-    """Draw a placement whose output pixels are pixels of the surface."""
-    picture = surface
-    places = []
-    for axis, (sign, offset) in enumerate(steps):
-        out = np.arange(one.box[axis], one.box[axis + 2])
-        at = sign * (out + 0.5) + offset  # the centre's coordinate on the surface
-        seen = np.flatnonzero((at * one.reduce >= one.bounds[axis]) & (at * one.reduce < one.bounds[axis + 2]))
+def _draw_upright(one: _Placed, surface: Tensor, image: Tensor, finish: Finish) -> None:
+    """Draw a placement that is neither turned nor askew: rows, then columns, which is several times as fast as points."""
+    matrix = torch.tensor(one.numbers).view(1, 3, 3)
+    colour, places = surface, []
+    for axis in (1, 0):  # y first: rows lie together in memory
+        out = torch.arange(one.box[axis], one.box[axis + 2]) + 0.5
+        still = torch.full_like(out, 0.5)
+        points = (out[None], still[None]) if axis == 0 else (still[None], out[None])
+        centre = map_points(matrix, *points)[0, axis].numpy()
+        seen = np.flatnonzero((centre >= one.bounds[axis]) & (centre < one.bounds[axis + 2]))
         if not len(seen):
             return
-        places.append(slice(int(out[seen[0]]), int(out[seen[-1]]) + 1))
-        picture = _take(picture, 2 - axis, np.floor(at[seen]).astype(np.int64))
-    canvas[places[1], places[0]] = picture.permute(1, 2, 0)
-    shown[places[1], places[0]] = True
+        first, last = one.box[axis] + int(seen[0]), one.box[axis] + int(seen[-1]) + 1
+        places.append(slice(first, last))
+        factor, offset = one.numbers[4 * axis] / one.reduce, one.numbers[3 * axis + 2] / one.reduce
+        colour = _resample(colour, 2 - axis, np.arange(first, last), factor, offset, one.points)
+    if colour.untyped_storage().data_ptr() == surface.untyped_storage().data_ptr():
+        colour = colour.clone()  # a part of the surface, which others draw too
+    image[:, places[0], places[1]] = finish(colour)
+
+
+def _resample(picture: Tensor, axis: int, out: NDArray[np.int64], factor: float, offset: float, n: int) -> Tensor:
+    """Colour at output pixels along one axis: means over n points each, interpolated between pixel centres.
+
+    Args:
+        picture: `(3, H, W)`.
+        axis: 1 for rows, 2 for columns.
+        out: Consecutive output pixels.
+        factor, offset: From output coordinates to those of the picture.
+        n: Points an output pixel.
+    """
+    end = picture.shape[axis] - 1
+    at = factor * (out + (np.arange(n)[:, None] + 0.5) / n) + offset - 0.5  # [n, O] in pixel centres, the first one 0
+    nearest = np.rint(at[0]).astype(np.int64)
+    if n == 1 and np.abs(at[0] - nearest).max() <= UNIT:
+        return _take(picture, axis, nearest)
+    at = at.clip(0, end)
+    low = np.floor(at).astype(np.int64)
+    base, share = low.min(0), at - low
+    weight = np.zeros((int((low - base).max()) + 2, len(out)), np.float32)
+    column = np.arange(len(out))
+    for below, part in zip(low - base, share, strict=True):
+        weight[below, column] += (1 - part) / n
+        weight[below + 1, column] += part / n
+    rows = picture if axis == 1 else picture.transpose(1, 2).contiguous()
+    index = torch.from_numpy(np.minimum(base + np.arange(len(weight))[:, None], end)).to(picture.device)
+    shares = torch.from_numpy(weight).to(picture.device)[:, :, None]
+    total = rows.index_select(1, index[0]).mul_(shares[0])
+    for i in range(1, len(weight)):
+        total.addcmul_(rows.index_select(1, index[i]), shares[i])
+    return total if axis == 1 else total.transpose(1, 2)
 
 
 def _take(picture: Tensor, axis: int, chosen: NDArray[np.int64]) -> Tensor:
-    """Consecutive rows or columns, forwards or backwards; beyond its border a picture goes on as its border."""
-    last = picture.shape[axis] - 1
+    """Rows or columns as they are; beyond its border a picture goes on as its border."""
+    last, count = picture.shape[axis] - 1, len(chosen)
     low, high = int(chosen.min()), int(chosen.max())
-    if low < 0 or high > last:
+    if low < 0 or high > last or high - low + 1 != count:
         return picture.index_select(axis, torch.from_numpy(chosen.clip(0, last)).to(picture.device))
-    part = picture.narrow(axis, low, high - low + 1)
+    part = picture.narrow(axis, low, count)
     return part if chosen[0] <= chosen[-1] else part.flip(axis)
 
 

@@ -463,6 +463,27 @@ def test_samples_of_several_families_decode_as_they_do_alone() -> None:
         assert_close(together, expected, "pixels")
 
 
+@pytest.mark.parametrize("bundles", [BUNDLES[:4], MIXED, MIXED[1::2]], ids=["jpeg", "mixed", "siren"])
+def test_type_layout_and_normalisation(bundles: Sequence[bytes]) -> None:
+    buffer, size = buffer_of(bundles), (33, 40)
+    placed = Letterbox()(buffer.source_size, size=size, random=_none)
+    floats = decode(buffer, placed, size=size, dtype=torch.float32)
+    assert float(floats.min()) >= 0
+    assert float(floats.max()) <= 1
+    assert_close(decode(buffer, placed, size=size), floats.mul(255).round().byte(), "pixels")
+    assert_close(decode(buffer, placed, size=size, dtype=torch.float16), floats.half(), "exact")
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    expected = (floats - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert_close(decode(buffer, placed, size=size, dtype=torch.float32, normalize=(mean, std)), expected)
+    last = decode(buffer, placed, size=size, dtype=torch.float32, channels_last=True)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert_close(last, floats, "exact")
+    out = torch.full((5, 3, *size), 9, dtype=torch.uint8)
+    assert decode(buffer, placed, size=size, out=out, fill=3) is out
+    assert_close(out[: len(bundles)], decode(buffer, placed, size=size, fill=3), "exact")
+    assert out[len(bundles) :].eq(3).all(), "images without a placement show the fill"
+
+
 def test_a_damaged_file_names_its_sample() -> None:
     good = jpeg_file(np.full((24, 40, 3), 7, np.uint8))
     # Tables that no scan can use: the header, which is all that a bundle is checked for, is sound.
