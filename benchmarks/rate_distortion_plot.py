@@ -20,9 +20,9 @@ AREA_BITS = 8 / (640 * 360)  # bits a pixel for one byte a 640x360 picture
 LEFT, RIGHT = 3_000, 45_000  # bytes for 640x360 pixels
 # Colour, line and label; rows without one are not drawn.
 STYLES: dict[str, tuple[str, str, str]] = {
-    "tile-2-refine-300": ("#b2182b", "-", "tile-2, 300 steps of refinement"),
+    "tile-2-refine-10": ("#b2182b", "-", "tile-2, 10 steps of refinement"),
     "tile-2": ("#b2182b", "--", "tile-2, one pass"),
-    "tile-1-refine-300": ("#ef8a62", "-", "tile-1, 300 steps of refinement"),
+    "tile-1-refine-10": ("#ef8a62", "-", "tile-1, 10 steps of refinement"),
     "tile-1": ("#ef8a62", "--", "tile-1, one pass"),
     "AVIF": ("#1b7837", "-", "AVIF (speed 6)"),
     "WebP": ("#2166ac", "-", "WebP (method 6)"),

@@ -424,7 +424,7 @@ def test_rows_are_chosen_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     common.add_rows(parser, common.TILE_ROWS)
     names = ["JPEG", *common.TILE_ROWS]
     assert common.chosen_rows(parser, parser.parse_args([]).rows, names) == names
-    assert common.chosen_rows(parser, ["tile-2*", "JPEG"], names) == ["JPEG", "tile-2", "tile-2-refine-100", "tile-2-refine-300"]
+    assert common.chosen_rows(parser, ["tile-2*", "JPEG"], names) == ["JPEG", "tile-2", "tile-2-refine-10", "tile-2-refine-100"]
     with pytest.raises(SystemExit):
         common.chosen_rows(parser, ["JPEG", "tile-7"], names)
     assert "got tile-7" in capsys.readouterr().err

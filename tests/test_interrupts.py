@@ -51,6 +51,8 @@ def start(script: Path, source: Path, dest: Path, *options: str) -> subprocess.P
         "convert",
         str(source),
         str(dest),
+        "--family",
+        "siren",
         "--preset",
         "fast",
         "--shard-samples",
