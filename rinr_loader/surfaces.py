@@ -205,9 +205,10 @@ def _draw_upright(one: _Placed, surface: Tensor, image: Tensor, finish: Finish) 
         places.append(slice(first, last))
         factor, offset = one.numbers[4 * axis] / one.reduce, one.numbers[3 * axis + 2] / one.reduce
         colour = _resample(colour, 2 - axis, np.arange(first, last), factor, offset, one.points)
-    if colour.untyped_storage().data_ptr() == surface.untyped_storage().data_ptr():
-        colour = colour.clone()  # a part of the surface, which others draw too
-    image[:, places[0], places[1]] = finish(colour)
+    place = image[:, places[0], places[1]]
+    band = max(1, POINTS[_kind(image.device)] // place.shape[2])
+    for target, part in zip(place.split(band, 1), colour.split(band, 1), strict=True):
+        target.copy_(finish(part.clone()))  # a copy: it may be a part of the surface, which others draw too
 
 
 def _resample(picture: Tensor, axis: int, out: NDArray[np.int64], factor: float, offset: float, n: int) -> Tensor:
