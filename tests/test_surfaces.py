@@ -233,7 +233,9 @@ def shown(buffer: ShardBuffer, placed: Placements, size: tuple[int, int]) -> tor
     return dark.eq(light).all(1)
 
 
-@pytest.mark.parametrize("clip", [(0.0, 0.0, 40.0, 24.0), (3.3, 2.0, 17.5, 20.1), (-20.0, -20.0, 80.0, 80.0), (50.0, 0.0, 60.0, 9.0), (3.6, 2.0, 3.9, 20.0)])
+@pytest.mark.parametrize(
+    "clip", [(0.0, 0.0, 40.0, 24.0), (3.3, 2.0, 17.5, 20.1), (-20.0, -20.0, 80.0, 80.0), (50.0, 0.0, 60.0, 9.0), (3.6, 2.0, 3.9, 20.0)]
+)
 @pytest.mark.parametrize("offset", [(-6.0, 3.0), (4.5, -2.25), (0.0, 30.0)])
 def test_what_is_shown_is_what_a_sine_network_would_show(clip: tuple[float, ...], offset: tuple[float, float]) -> None:
     """At the stored size, where whole pixels are copied, and between pixels; beyond the picture its border is repeated."""
