@@ -28,7 +28,7 @@ from rinr_loader.index import ShardIndex, load_index
 from rinr_loader.lanes import check_device
 from rinr_loader.presets import check_settings
 from rinr_loader.quality import mean_of
-from rinr_loader.shared import check_shared, write_shared
+from rinr_loader.shared import check_shared, listed, write_shared
 from rinr_loader.source import Problem, Source
 from rinr_loader.units import (
     Job,
@@ -86,6 +86,7 @@ class Report:
         psnr, object_psnr: Mean of each split's samples in dB, None where there is nothing to measure.
         bytes: Of all files of the dataset.
         source_bytes: Of the source's picture files.
+        shared_bytes: Of the parameters that all samples share.
     """
 
     dest: Path
@@ -98,6 +99,7 @@ class Report:
     bytes: int
     source_bytes: int
     missed: tuple[Problem, ...] = ()
+    shared_bytes: int = 0
 
 
 def convert(
@@ -335,6 +337,7 @@ def _report(dest: Path, seconds: float) -> Report:
         bytes=files,
         source_bytes=described["source"]["bytes"],
         missed=tuple(Problem(*entry) for entry in left_out.get("missed", [])),
+        shared_bytes=sum(listed(described).values()),
     )
 
 

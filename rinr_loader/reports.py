@@ -40,7 +40,9 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     result(f"{report.dest}: {samples} samples in {time_text(report.seconds)}")
     total = sum(report.samples.values())
     share = f", {report.bytes / report.source_bytes:.2f} times the source files' {bytes_text(report.source_bytes)}" if report.source_bytes else ""
-    result(f"  bytes   {bytes_text(report.bytes)} ({bytes_text(report.bytes / total)} a sample){share}")
+    result(f"  bytes   {bytes_text(report.bytes)} ({bytes_text((report.bytes - report.shared_bytes) / total)} a sample){share}")
+    if report.shared_bytes:
+        result(f"  shared  {bytes_text(report.shared_bytes)} of them are shared by all samples, however many there are")
     for split in report.samples:
         result(f"  PSNR    {split}: {psnr_text(report.psnr[split])}, objects {psnr_text(report.object_psnr[split])}")
     _warn_of_blurred_objects(report)
