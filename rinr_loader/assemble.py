@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rinr_loader.analysis import Analysis
-from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, blocks_of, smooth, synthesise
+from rinr_loader.codecs.tile import RESIDUAL_CHANNELS, RESIDUAL_TILE, TILE, TYPICAL_STEP, UNIT, blocks_of, smooth, synthesise
 from rinr_loader.dictionary import CONTEXTS, Prior, dump
 from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, quantise
 from rinr_loader.priors import Observed, fit_tables
 from rinr_loader.stream import context_below
-from rinr_loader.training import PREDICTED, TYPICAL_STEP, Model, Pictures, TrainSettings, symbols_of
+from rinr_loader.training import PREDICTED, Model, Pictures, TrainSettings, symbols_of
 
 CROPS, SIDE = 72, 320  # what tables are fitted to
 STEPS = (20.0, 35.0, 60.0, 100.0, 160.0, 250.0)
@@ -118,7 +118,7 @@ def _fit_background(
     shown = []
     for crop, values, steps, classes, width in decoded:
         if 60 < steps < 200:  # what residuals usually correct
-            image = smooth(synthesise(values, basis) / 64, weights, steps / TYPICAL_STEP) * 64
+            image = smooth(synthesise(values, basis) / UNIT, weights, steps / TYPICAL_STEP) * UNIT
             shown.append((crop, image, costs, classes, width))
     return tables, shown
 

@@ -21,14 +21,13 @@ from torch.nn import functional as F
 
 from rinr_loader.analysis import Analysis, principal_lapped_basis
 from rinr_loader.codecs.rans import PROBABILITY_BITS
-from rinr_loader.codecs.tile import FILTER_WIDTH, TILE, smooth, synthesise
+from rinr_loader.codecs.tile import FILTER_WIDTH, TILE, TYPICAL_STEP, UNIT, smooth, synthesise
 from rinr_loader.dictionary import CONTEXTS, Dictionary
 from rinr_loader.errors import ConfigError
 from rinr_loader.train_state import Row, load_state, save_state
 
 LAGRANGE = 24.0  # lambda = LAGRANGE / step**2, in bits for a squared grey level: what a uniform quantizer's slope asks of three colours
 STEPS = (18.0, 260.0)  # grey levels: the range of quantization steps
-TYPICAL_STEP = 70.0
 VALIDATION_STEPS = (25.0, 50.0, 100.0, 200.0)
 PREDICTED = 3  # channels, the first, that are stored as differences to the tile on their left: the means of the three colours
 SAVE_EVERY, VALIDATE_EVERY = 500, 2000
@@ -214,8 +213,8 @@ class Model(nn.Module):
         linear = synthesise(scaled, self.basis)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
             weights = {name.replace("_", "."): value for name, value in self.filter.items()}
-            change = smooth(linear / 64, weights, steps / TYPICAL_STEP) - linear / 64
-        return linear, linear + 64 * change.float()
+            change = smooth(linear / UNIT, weights, steps / TYPICAL_STEP) - linear / UNIT
+        return linear, linear + UNIT * change.float()
 
     def groups(self, settings: TrainSettings) -> list[dict[str, Any]]:
         """Parameters by learning rate, as an optimizer takes them."""
