@@ -1,4 +1,7 @@
-"""What a converted dataset holds: counts, bytes and where they go, PSNR, shapes, classes, its worst pictures. Opens no shard but for a sheet."""
+"""What a converted dataset holds: counts, bytes and where they go, PSNR, shapes, classes, its worst pictures.
+
+Opens no shard but for a sheet, and for where the bytes of `tile` streams go.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from rinr_loader.shared import listed
 from rinr_loader.sheet import Cell, draw_sheet
 from rinr_loader.source import SPLITS
 from rinr_loader.specs import FAMILIES
+from rinr_loader.tiles import stream_bytes
+
+STREAMS = 64  # samples of a split whose streams are looked into
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,19 @@ class WorstPicture:
 
 
 @dataclass(frozen=True)
+class StreamInfo:
+    """Where the bytes of `tile` streams go.
+
+    Args:
+        samples: How many were looked at, evenly spread over each split.
+        bytes: Mean bytes a sample of each part, see `stream.count_bytes`.
+    """
+
+    samples: int
+    bytes: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Info:
     """All of it.
 
@@ -113,6 +132,7 @@ class Info:
     groups: dict[str, int]
     classes: dict[str, int]
     worst: tuple[WorstPicture, ...]
+    streams: StreamInfo
 
     @property
     def samples(self) -> int:
@@ -129,6 +149,7 @@ def describe(path: str | Path, *, worst: int = 10) -> Info:
     Raises:
         ConfigError: There is no dataset.
         ShardError: An index is damaged, or a shard is missing or has another size.
+        BundleError: A stream that is looked at is damaged.
     """
     root, metadata = load_metadata(path)
     datasets = [RinrDataset(root, split) for split in SPLITS if split in metadata["splits"]]
@@ -148,6 +169,7 @@ def describe(path: str | Path, *, worst: int = 10) -> Info:
         groups=dict(sorted(metadata["groups"].items())),
         classes=_classes(metadata, datasets),
         worst=tuple(_worst(datasets, worst)),
+        streams=_streams(datasets),
     )
 
 
@@ -202,6 +224,17 @@ def _families(datasets: Sequence[RinrDataset]) -> dict[str, FamilyInfo]:
             samples[spec.family] += int((first == group).sum())
             sizes[spec.family] += int(index.size[first == group].sum())
     return {family: FamilyInfo(samples[family], sizes[family]) for family in FAMILIES if samples[family]}
+
+
+def _streams(datasets: Sequence[RinrDataset]) -> StreamInfo:
+    """Read some samples of the family `tile` of each split."""
+    parts: list[dict[str, float]] = []
+    for dataset in datasets:
+        if any(spec.family == "tile" for _, index in dataset.shards for spec in index.groups):
+            chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), STREAMS)).round().astype(np.int64))
+            parts += stream_bytes(dataset.read(chosen))
+    names = dict.fromkeys(name for part in parts for name in part)
+    return StreamInfo(len(parts), {name: sum(part.get(name, 0.0) for part in parts) / len(parts) for name in names})
 
 
 def _classes(metadata: dict[str, Any], datasets: Sequence[RinrDataset]) -> dict[str, int]:

@@ -119,6 +119,10 @@ def info_report(info: Info, compared: Sequence[Comparison], *, sheet: Path | Non
     result_table(("split", "samples", "objects", "shards", "residuals", "PSNR", "worst", "objects' PSNR", "worst"), rows)
     result("")
     result_table(("bytes", "a sample", "all", "share"), _byte_rows(info))
+    if info.streams.samples:
+        result("")
+        parts = [(name, f"{size:,.0f} bytes") for name, size in info.streams.bytes.items()]
+        result_table((f"streams of {info.streams.samples} tile samples", "a sample"), parts)
     if info.bytes.source:
         ratio = info.bytes.total / info.bytes.source
         result(f"The picture files it was made from: {bytes_text(info.bytes.source)}; stored are {ratio:.2f} times as many.")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rinr_loader.codecs import rans
+from rinr_loader.codecs.rans import PROBABILITY_BITS
 from rinr_loader.codecs.tile import RESIDUAL_TILE, TILE, lattice_of
 from rinr_loader.dictionary import CONTEXTS, Dictionary, Prior
 from rinr_loader.errors import BundleError
@@ -100,6 +101,61 @@ def read_streams(
     Raises:
         BundleError: A stream is damaged.
     """
+    return _decode(dictionary, data, spans, lanes, rects, names)[0]
+
+
+def count_bytes(
+    dictionary: Dictionary,
+    data: NDArray[np.uint8],
+    spans: Sequence[tuple[int, int]],
+    lanes: Sequence[int],
+    rects: Sequence[Sequence[Rect]],
+    names: Sequence[str],
+) -> list[dict[str, float]]:
+    """Where the bytes of streams go; the arguments are those of `read_streams`.
+
+    Returns:
+        For each picture the ideal bytes of the classes and of the latents of each channel group, of the background and of the residuals
+        (`objects`), the values behind `escapes`, and what `lanes` add. They sum to the stream's length.
+
+    Raises:
+        BundleError: A stream is damaged.
+    """
+    _, classes, extra, symbols = _decode(dictionary, data, spans, lanes, rects, names)
+    bits = PROBABILITY_BITS - np.log2(np.maximum(dictionary.tables.frequencies, 1))
+    found = []
+    for i, (chosen, mine, (begin, end)) in enumerate(zip(classes, rects, spans, strict=True)):
+        parts: dict[str, float] = {}
+        at = escapes = 0
+        for prior, kind, tile, lattices, around in (
+            (dictionary.background, "background", TILE, mine[:1], np.full(len(chosen[0]), NONE)),
+            (dictionary.residual, "objects", RESIDUAL_TILE, mine[1:], np.concatenate([*extra[i], np.zeros(0, np.int64)])),
+        ):
+            own = chosen[kind == "objects"]
+            left = _has_left([lattice_of(rect, tile) for rect in lattices])
+            values, rows = rans.class_steps(own, left, around, lanes[i], base=prior.first_table, buckets=prior.buckets, contexts=CONTEXTS)
+            parts[f"{kind} classes"] = float(bits[rows, values][rows >= 0].sum()) / 8
+            mask, tables = _coded(prior, own)
+            spent = bits[tables, symbols[i][at : at + len(tables)]] / 8
+            escapes += int((symbols[i][at : at + len(tables)] == 2 * dictionary.radius[tables] + 1).sum())
+            at += len(tables)
+            group = prior.group_of[mask.nonzero()[1]]
+            for g, (first, last) in enumerate(prior.bounds):
+                parts[f"{kind} latents {first} to {last - 1}"] = float(spent[group == g].sum())
+        parts["escapes"] = float(ESCAPED.itemsize * escapes)
+        found.append({**parts, "lanes": end - begin - sum(parts.values())})
+    return found
+
+
+def _decode(
+    dictionary: Dictionary,
+    data: NDArray[np.uint8],
+    spans: Sequence[tuple[int, int]],
+    lanes: Sequence[int],
+    rects: Sequence[Sequence[Rect]],
+    names: Sequence[str],
+) -> tuple[list[list[NDArray[np.int64]]], list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], list[list[NDArray[np.int64]]], list[NDArray[np.int64]]]:
+    """For each picture: latents; classes of background and residuals; contexts of the residuals' first group; symbols as coded."""
     shapes = [[lattice_of(rect, RESIDUAL_TILE if i else TILE) for i, rect in enumerate(mine)] for mine in rects]
     for lattices, (begin, end), name in zip(shapes, spans, names, strict=True):
         tiles = sum(down * across for down, across in lattices)
@@ -148,7 +204,8 @@ def read_streams(
         first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(len(first[0]), dictionary.predicted)
         sizes = [a * b for a, b in shapes[i][1:]]
         found.append([first[0], *np.split(first[1], np.cumsum(sizes)[:-1])] if sizes else [first[0]])
-    return found
+    coded = [symbols[end - count : end] for end, count in zip(ends_of.tolist(), counts, strict=True)]
+    return found, list(zip(backgrounds, below, strict=True)), extra, coded
 
 
 def escapes_of(escaped: NDArray[np.bool_], ends: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +15,7 @@ from rinr_loader.bundle import TileSpec
 from rinr_loader.codecs.tile import picture, residual, scaled_basis
 from rinr_loader.dictionary import Dictionary, find
 from rinr_loader.reader import ShardBuffer
-from rinr_loader.stream import Rect, read_streams
+from rinr_loader.stream import Rect, count_bytes, read_streams
 from rinr_loader.view import feather
 
 LINEAR = 4  # the coarsest basis; beyond it pictures are averaged
@@ -34,29 +36,47 @@ def tile_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[
     """
     distinct = sorted(set(samples))
     dictionaries = {sample: _dictionary(buffer, sample) for sample in distinct}
-    first, last = buffer.network_start[distinct].tolist(), buffer.network_start[[s + 1 for s in distinct]].tolist()
     latents: dict[int, list[Tensor]] = {}
     rects: dict[int, list[Rect]] = {}
-    data = (buffer.data.cpu() if buffer.host is None else buffer.host).numpy()
-    for dictionary in {one.sha256: one for one in dictionaries.values()}.values():
-        mine = [i for i, sample in enumerate(distinct) if dictionaries[sample] is dictionary]
-        spans, lanes = [], []
-        for i in mine:
-            offset = int(buffer.network_offset[first[i]])
-            spans.append((offset, offset + int(buffer.network_bytes[first[i]])))
-            lanes.append(_spec(buffer, first[i]).lanes)
-            rects[distinct[i]] = [(a, b, c, d) for a, b, c, d in buffer.rect[first[i] : last[i]].long().tolist()]
-        names = [f"{buffer.keys[distinct[i]]}.rinr" for i in mine]
-        found = read_streams(dictionary, data, spans, lanes, [rects[distinct[i]] for i in mine], names)
-        for i, parts in zip(mine, found, strict=True):
-            latents[distinct[i]] = [torch.from_numpy(part).float().to(buffer.device) for part in parts]
-    row = dict(zip(distinct, first, strict=True))
+    for mine, streams in _streams(buffer, distinct):
+        for sample, rect, parts in zip(mine, streams[4], read_streams(*streams), strict=True):
+            rects[sample] = rect
+            latents[sample] = [torch.from_numpy(part).float().to(buffer.device) for part in parts]
+    row = dict(zip(distinct, buffer.network_start[distinct].tolist(), strict=True))
 
     def surface(wanted: tuple[int, int]) -> Tensor:
         sample, k = wanted
         return _surface(buffer, row[sample], dictionaries[sample], latents[sample], rects[sample], k)
 
     return _side_by_side(surface, list(zip(samples, reduce, strict=True)), buffer.device)
+
+
+_Streams = tuple[Dictionary, NDArray[np.uint8], list[tuple[int, int]], list[int], list[list[Rect]], list[str]]
+
+
+def _streams(buffer: ShardBuffer, samples: Sequence[int]) -> list[tuple[list[int], _Streams]]:
+    """The streams of samples, by dictionary: which samples, and what `read_streams` takes."""
+    data = (buffer.data.cpu() if buffer.host is None else buffer.host).numpy()
+    by_dictionary: dict[str, tuple[Dictionary, list[int]]] = {}
+    for sample in samples:
+        dictionary = _dictionary(buffer, sample)
+        by_dictionary.setdefault(dictionary.sha256, (dictionary, []))[1].append(sample)
+    found = []
+    for dictionary, mine in by_dictionary.values():
+        first, last = buffer.network_start[mine].tolist(), buffer.network_start[[sample + 1 for sample in mine]].tolist()
+        offsets, sizes = buffer.network_offset[first].tolist(), buffer.network_bytes[first].tolist()
+        spans = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+        rects = [[(a, b, c, d) for a, b, c, d in buffer.rect[i:j].long().tolist()] for i, j in zip(first, last, strict=True)]
+        names = [f"{buffer.keys[sample]}.rinr" for sample in mine]
+        found.append((mine, (dictionary, data, spans, [_spec(buffer, row).lanes for row in first], rects, names)))
+    return found
+
+
+def stream_bytes(buffer: ShardBuffer) -> list[dict[str, float]]:
+    """Where the bytes of the streams of `tile` samples go, see `stream.count_bytes`; samples of other families are left out."""
+    rows = buffer.network_group[buffer.network_start[:-1]].tolist()
+    samples = [sample for sample, group in enumerate(rows) if isinstance(buffer.groups[group], TileSpec)]
+    return [parts for _, streams in _streams(buffer, samples) for parts in count_bytes(*streams)]
 
 
 def _side_by_side(surface: Callable[[tuple[int, int]], Tensor], wanted: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:

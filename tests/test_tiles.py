@@ -25,7 +25,7 @@ from rinr_loader.dictionary import Dictionary, dump, load
 from rinr_loader.errors import BundleError
 from rinr_loader.geometry import Letterbox
 from rinr_loader.reader import buffer_of
-from rinr_loader.tiles import tile_surfaces
+from rinr_loader.tiles import stream_bytes, tile_surfaces
 
 Floats = NDArray[np.float64]
 
@@ -309,3 +309,22 @@ def test_what_a_stream_decodes_to_takes_a_bounded_amount_of_memory() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 125 * 125 * (16 * 8 * 4 + 200) + 8_000_000, f"{peak / 1e6:.0f} MB"
+
+
+def test_the_bytes_of_streams_are_told_by_part() -> None:
+    with_objects = random_tile_bundle(1, (70, 90), residuals=RESIDUALS)
+    bundles = [random_tile_bundle(0, (70, 90)), jpeg_bundle(0), with_objects, random_tile_bundle(2, (16, 16), busy=0)]
+    parts = stream_bytes(buffer_of(bundles, shared=SHARED))
+    lengths = [len(network.weights) for bundle in (bundles[0], bundles[2], bundles[3]) for network in parse(bundle).networks[:1]]
+    assert [sum(part.values()) for part in parts] == pytest.approx(lengths)
+    for part, bundle in zip(parts, (bundles[0], bundles[2], bundles[3]), strict=True):
+        spec = parse(bundle).networks[0].spec
+        assert isinstance(spec, TileSpec)
+        assert 0 <= part["lanes"] <= 4 * spec.lanes + 2, "their states, and what is left of the last words"
+    names = {f"background latents {a} to {b - 1}" for a, b in tiny_dictionary().background.bounds}
+    assert names < parts[0].keys()
+    assert all(parts[0][name] > 0 for name in names)
+    objects = [sum(size for name, size in part.items() if name.startswith("objects")) for part in parts]
+    assert objects[0] == objects[2] == 0 < objects[1]
+    assert parts[1]["escapes"] > 0
+    assert not any(size for name, size in parts[2].items() if "latents" in name), "classes of zeros have no symbols"
