@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
@@ -380,7 +380,12 @@ def train_dictionary_command(
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="How often each SOURCE is drawn from, against the others.", show_default="all alike")
     ] = None,
-    channels: Annotated[int, typer.Option(min=16, max=768, metavar="N", help="Latents of a tile.")] = 256,
+    channels: Annotated[
+        int | None, typer.Option(min=16, max=768, metavar="N", help="Latents of a tile.", show_default="256, or what --from has")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--from", metavar="NAME.bin", help="A dictionary to go on from, with NAME.analysis; --channels may add some.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Crops of a step.")] = 6,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures of each SOURCE, at most; all are held in memory.")] = None,
     as_json: Json = False,
@@ -392,10 +397,15 @@ def train_dictionary_command(
     shares = _weights(weights, len(paths))
     from rinr_loader import reports
     from rinr_loader.converters import open_source
-    from rinr_loader.train_dictionary import Material, groups_of, train_dictionary
+    from rinr_loader.train_dictionary import Material, groups_of, load_base, train_dictionary
     from rinr_loader.training import TrainSettings
 
-    settings = TrainSettings(steps=steps, seed=seed, channels=channels, groups=groups_of(channels), batch=batch)
+    settings, begun = TrainSettings(steps=steps, seed=seed, batch=batch), None
+    if base is not None:
+        begun = load_base(_local(base, "--from"))
+        settings = settings.grown(begun.dictionary, channels or 0)
+    elif channels is not None:
+        settings = replace(settings, channels=channels, groups=groups_of(channels))
     found = [Material(path.resolve().name, open_source(path, limit=limit), share) for path, share in zip(paths, shares, strict=True)]
     with Meter("training", "steps") as meter:
         before: list[int] = []
@@ -406,7 +416,7 @@ def train_dictionary_command(
                 tell(f"going on after step {done} of {steps}" if done else f"training for {steps} steps")
             meter.update(done, steps, before=before[0], note="now the tables" if done == steps else "")
 
-        trained = train_dictionary(found, place, settings, report=reports.curve_row, progress=on_step)
+        trained = train_dictionary(found, place, settings, base=begun, report=reports.curve_row, progress=on_step)
     reports.trained_report(trained, as_json=as_json)
 
 

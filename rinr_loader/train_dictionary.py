@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rinr_loader.analysis import dump_analysis
+from rinr_loader.analysis import Analysis, dump_analysis, load_analysis
 from rinr_loader.assemble import assemble, trained_analysis
-from rinr_loader.dictionary import load
+from rinr_loader.dictionary import Dictionary, load
 from rinr_loader.errors import ConfigError, ConvertError
 from rinr_loader.image import fit_inside, read_image
 from rinr_loader.source import Problem, Sample, Source
@@ -43,6 +43,14 @@ class Material:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A dictionary that a training begins with, and its analysis."""
+
+    dictionary: Dictionary
+    analysis: Analysis
+
+
+@dataclass(frozen=True)
 class Trained:
     """What a training gave.
 
@@ -62,6 +70,25 @@ class Trained:
     problems: tuple[Problem, ...]
 
 
+def load_base(path: Path) -> Base:
+    """Read `NAME.bin`, and `NAME.analysis` beside it.
+
+    Raises:
+        ConfigError: One of them cannot be read, or they do not belong together.
+    """
+    files = []
+    for file in (path, path.with_suffix(".analysis")):
+        try:
+            files.append(file.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{file}: expected a file, got {error.strerror or error}; a dictionary is NAME.bin and NAME.analysis") from None
+    dictionary = load(files[0], str(path))
+    analysis, owner = load_analysis(files[1], str(path.with_suffix(".analysis")))
+    if owner != dictionary.sha256:
+        raise ConfigError(f"{path.with_suffix('.analysis')}: expected the analysis of {dictionary.sha256}, got that of {owner}; take its own")
+    return Base(dictionary, analysis)
+
+
 def groups_of(channels: int) -> tuple[int, ...]:
     """Where the channel groups of a number of channels end, in the shares of the shipped dictionary."""
     return tuple(max(round(end * channels / GROUPS[-1]), i + 1) for i, end in enumerate(GROUPS))
@@ -77,6 +104,7 @@ def train_dictionary(
     out: Path,
     settings: TrainSettings,
     *,
+    base: Base | None = None,
     report: Callable[[Row], None] = lambda row: None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Trained:
@@ -86,6 +114,7 @@ def train_dictionary(
         materials: What it is trained on.
         out: File of the dictionary, `NAME.bin`; its analysis becomes `NAME.analysis`, and `NAME.bin.state` stands until both are written.
         settings: Steps, seed, shapes.
+        base: What to begin with, instead of the principal components of the pictures; `settings` must have grown from its dictionary.
         report: Called with each row of the validation curve.
         progress: Called with the number of steps that are done.
 
@@ -112,13 +141,18 @@ def train_dictionary(
             raise ConfigError(f"{material.name}: expected pictures of at least {size} in its split train, got none of {len(samples)}; leave it out")
         training.append(used)
         held += kept
-        origin = {"name": material.name, "format": material.source.format, "weight": material.weight}
-        origins.append({**origin, "pictures": len(used), "held_out": len(kept), "sha256": hash_of_pictures(pictures)})
+        about_source = {"name": material.name, "format": material.source.format, "weight": material.weight}
+        origins.append({**about_source, "pictures": len(used), "held_out": len(kept), "sha256": hash_of_pictures(pictures)})
     if not held:
         raise ConfigError(f"sources: expected a picture to validate on beside those to train on, got {len(training[0])} picture; add some")
     found = Pictures(training, held, [material.weight for material in materials])
-    model, curve = train(found, settings, state, report, origin={"sources": origins}, progress=progress)
-    dictionary, network, about = finish(model, found, settings, {"sources": origins}, curve)
+    origin: dict[str, Any] = {"sources": origins}
+    begun = known = None
+    if base is not None:
+        origin["base"] = {"sha256": base.dictionary.sha256, **base.dictionary.about}
+        begun, known = Model.from_dictionary(base.dictionary, base.analysis, settings), base.dictionary.channels
+    model, curve = train(found, settings, state, report, model=begun, known=known, origin=origin, progress=progress)
+    dictionary, network, about = finish(model, found, settings, origin, curve)
     write_bytes(out, dictionary)
     write_bytes(analysis, network)
     state.unlink(missing_ok=True)

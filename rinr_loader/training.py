@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from rinr_loader.errors import ConfigError
 from rinr_loader.train_state import Row, load_state, save_state
 
 LAGRANGE = 24.0  # lambda = LAGRANGE / step**2, in bits for a squared grey level: what a uniform quantizer's slope asks of three colours
+FILTERED = 0.7  # share of the filtered picture in the loss; the linear one has the rest
 STEPS = (18.0, 260.0)  # grey levels: the range of quantization steps
 VALIDATION_STEPS = (25.0, 50.0, 100.0, 200.0)
 PREDICTED = 3  # channels, the first, that are stored as differences to the tile on their left: the means of the three colours
 SAVE_EVERY, VALIDATE_EVERY = 500, 2000
 WARM_UP = 500  # steps, a quarter of the training at most
+LIKE = 16  # channels whose scales those that a dictionary lacks begin with: its last ones
 START_BATCHES = 80  # that the components are taken from
 
 
@@ -61,9 +63,23 @@ class TrainSettings:
 
     @classmethod
     def like(cls, dictionary: Dictionary, *, steps: int, seed: int, crop: int) -> TrainSettings:
-        """Settings that go on training a dictionary: its shape, and steps a third as large."""
-        prior = dictionary.background
-        return cls(steps, seed, dictionary.channels, len(prior.tables), prior.ends, crop, lr=cls.lr / 3)
+        """Settings that fit a dictionary to pictures: its shape, and steps a third as large."""
+        return replace(cls().grown(dictionary), steps=steps, seed=seed, crop=crop, lr=cls.lr / 3)
+
+    def grown(self, dictionary: Dictionary, channels: int = 0) -> TrainSettings:
+        """These settings, for a model that begins with a dictionary: its classes and groups, the last one with the channels that it lacks.
+
+        Args:
+            dictionary: Where training begins.
+            channels: How many there shall be; as many as the dictionary has without.
+
+        Raises:
+            ConfigError: The dictionary has more.
+        """
+        if channels and channels < dictionary.channels:
+            raise ConfigError(f"dictionary: expected at least its {dictionary.channels} channels, got {channels}; ask for no fewer")
+        prior, count = dictionary.background, channels or dictionary.channels
+        return replace(self, channels=count, classes=len(prior.tables), groups=(*prior.ends[:-1], count))
 
 
 class Prior(nn.Module):
@@ -95,7 +111,9 @@ class Prior(nn.Module):
         # The rounded magnitudes of a Laplacian variable of scale b have the mean 1 / (2 sinh(1 / 2b)).
         scale = 1 / (2 * torch.asinh(1 / (2 * mean.clamp_min(1e-9))))
         for (a, b), table in zip(self.bounds, self.log_scale, strict=True):
-            table.copy_(scale[:, a:b].clamp(0.02, 200).log())
+            known = scale[:, a:b].clamp(0.02, 200).log()
+            table[:, : known.shape[1]] = known
+            table[:, known.shape[1] :] = known[:, -LIKE:].mean(1, keepdim=True)
         share = torch.from_numpy(prior.classes / (1 << PROBABILITY_BITS)).view(len(self.bounds), CONTEXTS, CONTEXTS, -1).mean(1)
         buckets = torch.from_numpy(prior.buckets.astype(np.int64))
         for g in range(len(self.bounds)):
@@ -116,6 +134,33 @@ class Prior(nn.Module):
             share = self.log_share[g, chosen[-1]] if chosen else self.log_share[0, :1]
             chosen.append((cost - share / math.log(2)).argmin(1))
         return chosen
+
+    @torch.no_grad()
+    def worth(self, values: Tensor, symbols: Tensor, energy: Tensor, exact: int) -> Tensor:
+        """Latents in steps `(tiles, C)` to integers that are worth their bits, as the encoder will choose them: see `latents.quantise`.
+
+        Args:
+            values: Not rounded.
+            symbols: Rounded, as they are coded; they choose the classes.
+            energy: Of each channel's basis function, `(C,)`.
+            exact: Channels, the first, that are only rounded.
+        """
+        nearest = values.round()
+        weight = LAGRANGE * energy
+        classes = self.classes(symbols)
+        for g, ((a, b), table) in enumerate(zip(self.bounds, self.log_scale, strict=True)):
+            scale, size, most = table.exp().clamp(0.02, 200)[classes[g]], values[:, a:b].abs(), nearest[:, a:b].abs()
+            best, found = torch.full_like(size, torch.inf), most
+            for candidate in (most, (most - 1).clamp_min(0), torch.zeros_like(most)):
+                cost = laplace_bits(candidate, scale) + weight[a:b] * (size - candidate).square()
+                best, found = torch.minimum(best, cost), torch.where(cost < best, candidate, found)
+            share = self.log_share[g, classes[g - 1]] if g else self.log_share[0, :1].expand(len(size), -1)
+            spent = best.sum(1) - share.gather(1, classes[g][:, None])[:, 0] / math.log(2)
+            saved = (weight[a:b] * size.square()).sum(1) - share[:, 0] / math.log(2)
+            found = torch.where((spent < saved)[:, None], found, 0.0) * values[:, a:b].sign()
+            keep = max(0, min(exact - a, b - a))
+            nearest[:, a + keep : b] = found[:, keep:]
+        return nearest
 
     def bits(self, values: Tensor, integers: Tensor) -> Tensor:
         """Bits of each tile `(tiles,)`: of `values` (integers, or with noise), in the classes of `integers`; counts how often each was chosen."""
@@ -187,7 +232,7 @@ class Model(nn.Module):
         Args:
             dictionary: Whose basis, filter and tables are taken over.
             analysis: That was trained with it.
-            settings: Whose channels, groups and classes are the dictionary's, as `TrainSettings.like` gives them.
+            settings: As `TrainSettings.grown` gives them. Channels that the dictionary lacks are zero: `grow` makes something of them.
 
         Raises:
             ConfigError: The dictionary predicts other channels than this training.
@@ -196,12 +241,25 @@ class Model(nn.Module):
             raise ConfigError(f"dictionary: expected {PREDICTED} predicted channels, got {dictionary.predicted}; train a new one")
         model = cls(settings)
         with torch.no_grad():
-            model.analysis.load_state_dict(analysis.state_dict())
-            model.basis.copy_(dictionary.basis)
+            for name, value in analysis.state_dict().items():
+                own = model.analysis.state_dict()[name].zero_()
+                own[: len(value)] = value
+            model.basis[: dictionary.channels] = dictionary.basis
             for name, value in dictionary.filter.items():
                 model.filter[name.replace(".", "_")].copy_(value)
             model.prior.start_from(dictionary)
         return model
+
+    @torch.no_grad()
+    def grow(self, images: Tensor, known: int) -> None:
+        """Give the channels from `known` on the principal components of what the others leave of crops `(N, 3, H, W)` at the finest step."""
+        if known == len(self.basis):
+            return
+        steps = torch.full((len(images),), STEPS[0])
+        left = images - self.synthesis(self.quantised(self.analysis(images), steps).round(), steps)[1]
+        basis = principal_lapped_basis(left, len(self.basis) - known)
+        self.basis[known:] = basis
+        self.analysis.linear.weight[known:] = basis
 
     def quantised(self, latents: Tensor, steps: Tensor) -> Tensor:
         """Latents in units of their steps `(N,)`, not rounded."""
@@ -278,6 +336,7 @@ def train(
     report: Callable[[Row], None] = lambda row: None,
     *,
     model: Model | None = None,
+    known: int | None = None,
     origin: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> tuple[Model, list[Row]]:
@@ -289,6 +348,7 @@ def train(
         state: File that holds an unfinished training; written as training goes on, and left when it ends.
         report: Called with each row of the validation curve as it is made.
         model: Where to begin; with the principal components of crops without it.
+        known: Its channels that are trained already; all without.
         origin: What else a state must agree in to be of the same training, as JSON.
         progress: Called with the number of steps that are done, first with those found done.
 
@@ -312,8 +372,9 @@ def train(
     if state is not None and found:
         begin, curve = load_state(state, begun, optimizer, about)
     else:
-        if model is None:
-            begun.start(torch.cat([pictures.batch(settings, -1 - i)[0] for i in range(START_BATCHES)]))
+        if model is None or known is not None:
+            crops = torch.cat([pictures.batch(settings, -1 - i)[0] for i in range(START_BATCHES)])
+            begun.start(crops) if model is None else begun.grow(crops, known or 0)
         curve.append({"step": 0, "rates": validate(begun, pictures.validation)})
         report(curve[-1])
     progress(begin)
@@ -357,16 +418,21 @@ def _run(
 def loss_of(model: Model, images: Tensor, steps: Tensor, step: int) -> Tensor:
     """Bits a pixel + lambda * squared error of both pictures, weighted so that each rate counts alike."""
     latents = model.quantised(model.analysis(images), steps)
-    integers = latents.round()
+    with torch.no_grad():
+        energy = model.basis.square().sum((1, 2, 3)) * torch.exp(-2 * model.log_gain)
+        listed = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        chosen = model.prior.worth(listed, symbols_of(latents.round()), energy, PREDICTED)
+        integers = chosen.view(len(images), *latents.shape[2:], -1).permute(0, 3, 1, 2)
     rounded = latents + (integers - latents).detach()
+    rated = rounded
     if step % 2:  # noise has gradients where rounding has none; differences of noisy means would count its variance twice
         noise = torch.rand(latents.shape, generator=torch.Generator().manual_seed(step)) - 0.5
-        rounded = torch.cat([rounded[:, :PREDICTED], (latents + noise)[:, PREDICTED:]], 1)
-    bits = model.prior.bits(symbols_of(rounded), symbols_of(integers.detach()))
+        rated = torch.cat([rounded[:, :PREDICTED], (latents + noise)[:, PREDICTED:]], 1)
+    bits = model.prior.bits(symbols_of(rated), symbols_of(integers))
     rate = bits.view(len(images), -1).sum(1) / images[0, 0].numel()
     linear, filtered = model.synthesis(rounded, steps)
-    error = (linear - images).square().mean((1, 2, 3)) + (filtered - images).square().mean((1, 2, 3))
-    return ((rate + LAGRANGE / steps**2 * error / 2) * (steps / TYPICAL_STEP)).mean()
+    error = (1 - FILTERED) * (linear - images).square().mean((1, 2, 3)) + FILTERED * (filtered - images).square().mean((1, 2, 3))
+    return ((rate + LAGRANGE / steps**2 * error) * (steps / TYPICAL_STEP)).mean()
 
 
 @torch.no_grad()

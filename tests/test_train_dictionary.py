@@ -109,6 +109,32 @@ def test_a_training_that_was_stopped_goes_on(sources: tuple[Path, Path], tmp_pat
         assert (tmp_path / f"parts{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
+def test_a_training_goes_on_from_a_dictionary(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    def train(out: Path, *more: object) -> Result:
+        return rinr("train-dictionary", sources[0], "--out", out, "--steps", 2, "--batch", 1, "--limit", 9, *more)
+
+    first, second = tmp_path / "first.bin", tmp_path / "second.bin"
+    assert train(first, "--channels", 16).exit_code == 0
+    grown = train(second, "--from", first, "--channels", 20)
+    assert grown.exit_code == 0, (grown.stderr, grown.exception)
+    before, after = (load(path.read_bytes(), path.name) for path in (first, second))
+    assert (before.channels, after.channels) == (16, 20)
+    assert after.background.ends == (*before.background.ends[:-1], 20)
+    assert after.about["base"] == {"sha256": before.sha256, **before.about}
+    assert float((after.basis[:16] - before.basis).abs().max()) < 0.02 < float(after.basis[16:].abs().max()), "two steps move it a little"
+    assert train(tmp_path / "third.bin", "--from", first).exit_code == 0
+    assert load((tmp_path / "third.bin").read_bytes(), "third").channels == 16, "as many as it has, where none are asked for"
+
+    assert "expected at least its 20 channels, got 16" in failed(train(tmp_path / "x.bin", "--from", second, "--channels", 16))
+    assert "none.bin: expected a file, got No such file" in failed(train(tmp_path / "x.bin", "--from", tmp_path / "none.bin"))
+    second.with_suffix(".analysis").write_bytes(first.with_suffix(".analysis").read_bytes())
+    message = failed(train(tmp_path / "x.bin", "--from", second))
+    assert f"second.analysis: expected the analysis of {after.sha256}, got that of {before.sha256}" in message
+    second.with_suffix(".analysis").unlink()
+    assert "second.analysis: expected a file" in failed(train(tmp_path / "x.bin", "--from", second))
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_state_of_another_training_or_a_damaged_one_is_told(sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "own.bin"
     with monkeypatch.context() as patch:

@@ -208,6 +208,60 @@ def test_a_dictionary_that_predicts_other_channels_is_refused() -> None:
         Model.from_dictionary(found, analysis, TrainSettings.like(found, steps=1, seed=0, crop=32))
 
 
+def test_a_model_grows_by_what_its_channels_leave() -> None:
+    found, (analysis, _) = dictionaries.load(tiny_files()[0], "tiny.bin"), load_analysis(tiny_files()[1], "tiny.analysis")
+    settings = TINY.grown(found, 24)
+    assert (settings.channels, settings.groups, settings.steps, settings.lr) == (24, (4, 8, 12, 24), TINY.steps, TINY.lr)
+    model, crops = Model.from_dictionary(found, analysis, settings).eval(), torch.stack([scene(k).float() - 127.5 for k in range(6)])
+    with torch.no_grad():
+        before = model.analysis(crops)
+        assert not before[:, 16:].any(), "what the dictionary lacks is nothing"
+        model.grow(crops, 16)
+        assert_close(model.analysis(crops)[:, :16], before[:, :16])
+        assert_close(model.basis[:16], found.basis)
+        added = model.basis[16:].flatten(1)
+        torch.testing.assert_close(added @ added.T, torch.eye(8), atol=1e-5, rtol=0)
+        step = torch.full((6,), 18.0)
+        errors = []
+        for channels in (16, 24):
+            latents = model.quantised(model.analysis(crops), step).round()
+            latents[:, channels:] = 0
+            errors.append(float((model.synthesis(latents, step)[1] - crops).square().mean()))
+        assert errors[1] < errors[0]
+    assert_close(model.prior.log_scale[3][:, 4:], model.prior.log_scale[3][:, :4].mean(1, keepdim=True).expand(-1, 8))
+    with pytest.raises(ConfigError, match="expected at least its 16 channels, got 12"):
+        TINY.grown(found, 12)
+
+
+def test_integers_are_worth_their_bits() -> None:
+    model, _ = train(tiny_pictures(), TINY)
+    prior, energy = model.prior, torch.linspace(0.5, 1.5, 16)
+    values = 3 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    values[:10] *= 0.1
+    with torch.no_grad():
+        symbols = values.round()
+        classes = prior.classes(symbols)
+        found = prior.worth(values, symbols, energy, 3)
+        assert torch.equal(found[:, :3], symbols[:, :3]), "the first are only rounded"
+        assert not torch.equal(found, symbols)
+
+        def cost(integers: Tensor, g: int) -> Tensor:
+            """Bits and error of one group, in the class that was chosen; the class's own bits where it is not all zeros."""
+            a, b = prior.bounds[g]
+            bits = laplace_bits(integers[:, a:b].abs(), prior.log_scale[g].exp().clamp(0.02, 200)[classes[g]])
+            return (bits + 24 * energy[a:b] * (integers[:, a:b] - values[:, a:b]).square()).sum(1)
+
+        for g in range(1, 4):
+            kept = found[:, slice(*prior.bounds[g])].any(1)
+            assert bool((cost(found, g) <= cost(symbols, g) + 1e-3)[kept].all())
+            a, b = prior.bounds[g]
+            share = (prior.log_share[g, classes[g - 1]] / -np.log(2))[torch.arange(40)]
+            with_class = cost(found, g) + share.gather(1, classes[g][:, None])[:, 0]
+            nothing = (24 * energy[a:b] * values[:, a:b].square()).sum(1) + share[:, 0]
+            assert bool((with_class < nothing)[kept].all()), "what is not zero pays for its class"
+        assert bool((found.abs() <= symbols.abs()).all())
+
+
 # --- the transforms ---
 
 
