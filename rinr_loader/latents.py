@@ -24,6 +24,7 @@ DEAD_ZONE = 0.6  # magnitudes below it are zero in the first guess
 # background's basis is not orthogonal, and 24 gave the best curves of 8, 10, 16, 24, 30 and plain rounding on four photographs.
 STRENGTH, RESIDUAL_STRENGTH = 24.0, 8.0
 FIRST_SHARE, LEAST_SHARE = 0.5, 0.01  # of the latents that a step of refinement takes
+BAND = 8192  # tiles whose integers are chosen together: beyond their latents, what that takes is some 10 KB each
 ROUNDS = 2  # of choosing integers for the classes and classes for the integers
 # Representatives of magnitudes in the choice of a class, where a cost for each would be too much work
 LEVELS = (0, 1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 95, 128)
@@ -118,14 +119,25 @@ def quantise(costs: Costs, values: Tensor, energy: Tensor, strength: float, colu
     Returns:
         Integers as they are synthesised, float32 `(T, C)`, and classes, int64 `(T, groups)`.
     """
+    means = differences(values[:, :exact].round(), columns, exact)
+    rows = max(1, BAND // columns) * columns
+    bands = [
+        _quantise_band(costs, values[i : i + rows], means[i : i + rows], strength * energy, columns, extra[i : i + rows], exact)
+        for i in range(0, len(values), rows)
+    ]
+    integers, classes = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    return integers, classes
+
+
+def _quantise_band(costs: Costs, values: Tensor, means: Tensor, weight: Tensor, columns: int, extra: Tensor, exact: int) -> tuple[Tensor, Tensor]:
+    """Whole rows of tiles; `means` is what is coded for the first channels, which no choice changes."""
     size, sign = values.abs(), values.sign()
     rounded = (size + 1 - DEAD_ZONE).floor() * sign
     rounded[:, :exact] = values[:, :exact].round()
-    weight = strength * energy
     group_of = torch.from_numpy(costs.prior.group_of)
     left = torch.full((len(values), len(costs.prior.ends)), CONTEXTS - 1)
     for _ in range(ROUNDS):
-        classes, _ = choose_classes(costs, differences(rounded, columns, exact), left, extra)
+        classes, _ = choose_classes(costs, torch.cat([means, rounded[:, exact:]], 1), left, extra)
         left = left_context(costs, classes, columns)
         table = costs.table[classes[:, group_of], torch.arange(values.shape[1])]
         best, found = _rounding(costs, table, size, weight)
@@ -139,7 +151,7 @@ def quantise(costs: Costs, values: Tensor, energy: Tensor, strength: float, colu
         found = found * sign
         found[:, :exact] = rounded[:, :exact]
         rounded = found
-    classes, _ = choose_classes(costs, differences(rounded, columns, exact), left, extra)
+    classes, _ = choose_classes(costs, torch.cat([means, rounded[:, exact:]], 1), left, extra)
     return rounded, classes
 
 
