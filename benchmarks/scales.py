@@ -18,7 +18,7 @@ from rinr_loader.encode import encode_unit
 from rinr_loader.presets import Settings
 from rinr_loader.reader import buffer_of
 from rinr_loader.surfaces import block_means
-from rinr_loader.tiles import tile_surfaces
+from rinr_loader.tiles import open_tiles
 
 TARGETS, SCALES = (27.0, 33.0), (2, 4, 8)
 
@@ -33,7 +33,7 @@ def main() -> None:
                 found = []
                 for i, one in enumerate(pictures):
                     wanted = block_means(torch.from_numpy(one.pixels).permute(2, 0, 1), k) / 255
-                    linear, whole = tile_surfaces(buffer, [i, i], [k, 1])
+                    linear, whole = open_tiles(buffer, [i])([i, i], [k, 1])
                     averaged = block_means(whole, k)
                     found.append([-10 * math.log10(float((image.clamp(0, 1) - wanted).square().mean())) for image in (linear, averaged)])
                 linear_psnr, averaged_psnr = np.mean(found, 0).tolist()

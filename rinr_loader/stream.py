@@ -84,7 +84,7 @@ def read_streams(
     lanes: Sequence[int],
     rects: Sequence[Sequence[Rect]],
     names: Sequence[str],
-) -> list[list[NDArray[np.int64]]]:
+) -> list[list[NDArray[np.int32]]]:
     """Decode the latents of pictures that share a dictionary.
 
     Args:
@@ -96,7 +96,7 @@ def read_streams(
         names: What an error calls each picture.
 
     Returns:
-        For each picture the latents of its background `(T, C)` and of each residual `(T, 192)`, in steps.
+        For each picture the latents of its background `(T, C)` and of each residual `(T, 192)`, in steps, int32.
 
     Raises:
         BundleError: A stream is damaged.
@@ -154,7 +154,7 @@ def _decode(
     lanes: Sequence[int],
     rects: Sequence[Sequence[Rect]],
     names: Sequence[str],
-) -> tuple[list[list[NDArray[np.int64]]], list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], list[list[NDArray[np.int64]]], list[NDArray[np.int64]]]:
+) -> tuple[list[list[NDArray[np.int32]]], list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], list[list[NDArray[np.int64]]], list[NDArray[np.int64]]]:
     """For each picture: latents; classes of background and residuals; contexts of the residuals' first group; symbols as coded."""
     shapes = [[lattice_of(rect, RESIDUAL_TILE if i else TILE) for i, rect in enumerate(mine)] for mine in rects]
     for lattices, (begin, end), name in zip(shapes, spans, names, strict=True):
@@ -194,7 +194,7 @@ def _decode(
         values[mine][where] = np.frombuffer(data[start : start + ESCAPED.itemsize * len(where)].tobytes(), ESCAPED)
         first, at = [], end - count
         for mask, channels in ((masks[2 * i], dictionary.channels), (masks[2 * i + 1], dictionary.residual_basis.shape[0])):
-            latents = np.zeros((len(mask), channels), np.int64)
+            latents = np.zeros((len(mask), channels), np.int32)
             size = int(mask.sum())
             latents[mask] = values[at : at + size]
             at += size

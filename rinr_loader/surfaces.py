@@ -8,8 +8,9 @@ placements that want it, and `PIXELS[device]` pixels of them stand in memory tog
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,17 +21,24 @@ from torch.nn import functional as F
 from rinr_loader.bundle import JpegSpec, NetworkSpec, Spec, TileSpec
 from rinr_loader.codecs.jpeg import decode_files
 from rinr_loader.reader import ShardBuffer
-from rinr_loader.tiles import tile_surfaces
+from rinr_loader.tiles import open_tiles
 from rinr_loader.view import Jobs, View, inside, map_points, points_a_side, reach, scales
 
 MAX_REDUCTION = 8
 PIXELS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of surfaces, 12 bytes each, and of pictures that are decoded to make them
+OPENED = {"cpu": 1 << 24, "cuda": 1 << 27}  # pixels of samples that are opened together, some 10 bytes each: see `SURFACES`
 POINTS = {"cpu": 1 << 15, "cuda": 1 << 23}  # sampled by one launch; on a CPU they should stay in the cache of a core
 UNIT = 1e-3  # pixels by which a placement may miss the pixels of a surface and still copy them
 
 Box = tuple[int, int, int, int]
 Finish = Callable[[Tensor], Tensor]
-MakeSurfaces = Callable[[ShardBuffer, Sequence[int], Sequence[int]], list[Tensor]]
+MakeSurfaces = Callable[[Sequence[int], Sequence[int]], list[Tensor]]
+OpenSurfaces = Callable[[ShardBuffer, Sequence[int]], MakeSurfaces]
+
+
+def open_jpegs(buffer: ShardBuffer, samples: Sequence[int]) -> MakeSurfaces:
+    """What makes the surfaces of samples of the family `jpeg`: nothing is worth doing for all of them at once."""
+    return partial(jpeg_surfaces, buffer)
 
 
 def jpeg_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[int]) -> list[Tensor]:
@@ -50,7 +58,7 @@ def jpeg_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[
     first, nbytes = buffer.network_offset[rows].tolist(), buffer.network_bytes[rows].tolist()
     sizes = [(height, width) for height, width in buffer.stored_size[distinct].tolist()]
     found: list[Tensor | None] = [None] * len(samples)
-    for chunk in _chunks([height * width for height, width in sizes], PIXELS[_kind(buffer.device)]):
+    for chunk in _parts(range(len(sizes)), lambda i: math.prod(sizes[i]), PIXELS[_kind(buffer.device)]):
         files = [data[first[i] : first[i] + nbytes[i]] for i in chunk]
         images = decode_files(files, [sizes[i] for i in chunk], [f"{buffer.keys[distinct[i]]}.rinr" for i in chunk], buffer.device)
         for i, image in zip(chunk, images, strict=True):
@@ -86,8 +94,9 @@ def block_means(image: Tensor, k: int) -> Tensor:
     return torch.stack(channels).div_(k * k)
 
 
-# How each family makes its surfaces: a function of the buffer, samples and k of each. Equal samples stand side by side.
-SURFACES: dict[type[Spec], MakeSurfaces] = {JpegSpec: jpeg_surfaces, TileSpec: tile_surfaces}
+# How each family makes its surfaces: a function of the buffer and samples, distinct, does what is better done for many at once, and gives a
+# function of some of these samples and k of each. Equal samples stand side by side.
+SURFACES: dict[type[Spec], OpenSurfaces] = {JpegSpec: open_jpegs, TileSpec: open_tiles}
 
 
 @dataclass(frozen=True)
@@ -130,13 +139,14 @@ def paint(buffer: ShardBuffer, view: View, rows: Tensor, antialias: bool, images
         for one in placed:
             if specs[one.sample] is family:
                 mine.setdefault(one.sample, {}).setdefault(one.reduce, []).append(one)
-        areas = [sum(math.prod(-(-side // k) for side in stored[sample]) for k in by_reduction) for sample, by_reduction in mine.items()]
-        for chunk in _chunks(areas, PIXELS[_kind(buffer.device)]):
-            wanted = [(sample, k) for sample in [list(mine)[i] for i in chunk] for k in mine[sample]]
-            surfaces = SURFACES[family](buffer, [sample for sample, _ in wanted], [k for _, k in wanted])
-            for (sample, k), surface in zip(wanted, surfaces, strict=True):
-                for one in mine[sample][k]:
-                    _draw(one, surface, images[one.output], finish)
+        for opened in _parts(list(mine), lambda sample: math.prod(stored[sample]), OPENED[_kind(buffer.device)]):
+            make = SURFACES[family](buffer, opened)
+            areas = {sample: sum(math.prod(-(-side // k) for side in stored[sample]) for k in mine[sample]) for sample in opened}
+            for part in _parts(opened, areas.__getitem__, PIXELS[_kind(buffer.device)]):
+                wanted = [(sample, k) for sample in part for k in mine[sample]]
+                for (sample, k), surface in zip(wanted, make([sample for sample, _ in wanted], [k for _, k in wanted]), strict=True):
+                    for one in mine[sample][k]:
+                        _draw(one, surface, images[one.output], finish)
 
 
 def _placed(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int], antialias: bool) -> list[_Placed]:
@@ -253,18 +263,19 @@ def _take(picture: Tensor, axis: int, chosen: NDArray[np.int64]) -> Tensor:
     return part if chosen[0] <= chosen[-1] else part.flip(axis)
 
 
-def _chunks(weights: Iterable[int], most: int) -> Iterator[list[int]]:
-    """Consecutive numbers from 0 whose weights add up to at most `most`, or one alone."""
-    chunk: list[int] = []
+def _parts(samples: Sequence[int], weight_of: Callable[[int], int], most: int) -> Iterator[list[int]]:
+    """Consecutive samples whose weights add up to at most `most`, or one alone."""
+    part: list[int] = []
     total = 0
-    for i, weight in enumerate(weights):
-        if chunk and total + weight > most:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(i)
+    for sample in samples:
+        weight = weight_of(sample)
+        if part and total + weight > most:
+            yield part
+            part, total = [], 0
+        part.append(sample)
         total += weight
-    if chunk:
-        yield chunk
+    if part:
+        yield part
 
 
 def _kind(device: torch.device) -> str:

@@ -56,7 +56,7 @@ def latents_of(parts: Sequence[Lattice]) -> Latents:
 def assert_same(found: Latents, expected: Latents) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == np.int64
+        assert a.dtype == np.int32
         np.testing.assert_array_equal(a, b)
 
 

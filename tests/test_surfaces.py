@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -411,7 +412,7 @@ def test_a_bounded_number_of_surfaces_stands_in_memory(monkeypatch: pytest.Monke
         return result
 
     monkeypatch.setattr(surfaces, "decode_files", decoded)
-    monkeypatch.setitem(surfaces.SURFACES, JpegSpec, surface)
+    monkeypatch.setitem(surfaces.SURFACES, JpegSpec, lambda buffer, samples: partial(surface, buffer))
     for most, together in ((1, 1), (2500, 1), (2600, 2), (10**6, 12)):
         files.clear(), made.clear()
         monkeypatch.setitem(surfaces.PIXELS, "cpu", most)

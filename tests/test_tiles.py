@@ -25,7 +25,7 @@ from rinr_loader.dictionary import Dictionary, dump, load
 from rinr_loader.errors import BundleError
 from rinr_loader.geometry import Letterbox
 from rinr_loader.reader import buffer_of
-from rinr_loader.tiles import stream_bytes, tile_surfaces
+from rinr_loader.tiles import open_tiles, stream_bytes
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ RESIDUALS = [((2, 3, 30, 21), 6.0, 4), ((20, 10, 37, 33), 9.0, 0), ((5, 30, 6, 3
 
 
 def surface(bundle: bytes, k: int = 1, shared: dict[bytes, Dictionary] | None = None) -> torch.Tensor:
-    return tile_surfaces(buffer_of([bundle], shared=SHARED if shared is None else shared), [0], [k])[0]
+    return open_tiles(buffer_of([bundle], shared=SHARED if shared is None else shared), [0])([0], [k])[0]
 
 
 def levels(bundle: bytes, k: int = 1) -> Floats:
@@ -197,7 +197,7 @@ def test_surfaces_come_in_the_order_that_was_asked_for() -> None:
     bundles = [random_tile_bundle(i, (20 + 8 * i, 24), layers=1 + i % 2, residuals=[((2, 3, 20, 17), 6.0, 4)] if i else []) for i in range(3)]
     buffer = buffer_of(bundles, shared=SHARED)
     asked = [(2, 1), (0, 2), (2, 4), (1, 1), (0, 1)]
-    found = tile_surfaces(buffer, [s for s, _ in asked], [k for _, k in asked])
+    found = open_tiles(buffer, [0, 1, 2])([s for s, _ in asked], [k for _, k in asked])
     for (s, k), mine in zip(asked, found, strict=True):
         assert_close(mine, surface(bundles[s], k))
 
@@ -240,7 +240,7 @@ def test_samples_of_two_dictionaries_in_one_buffer() -> None:
     other = other_dictionary()
     assert other.key != tiny_dictionary().key
     bundles = [random_tile_bundle(1, (24, 40), step=200.0, dictionary=mine) for mine in (tiny_dictionary(), other)]
-    one, two = tile_surfaces(buffer_of(bundles, shared={**SHARED, other.key: other}), [0, 1], [1, 1])
+    one, two = open_tiles(buffer_of(bundles, shared={**SHARED, other.key: other}), [0, 1])([0, 1], [1, 1])
     assert_close(one.flip(0), two)
     assert (one - two).abs().max() > 0.05
 
@@ -248,7 +248,7 @@ def test_samples_of_two_dictionaries_in_one_buffer() -> None:
 def test_a_missing_dictionary_is_named_with_the_bundle() -> None:
     bundle = random_tile_bundle(0, (16, 16))
     buffer = buffer_of([bundle], ["street/one"])
-    for read in (lambda: tile_surfaces(buffer, [0], [1]), lambda: decode(buffer, whole(buffer, (16, 16)), size=(16, 16))):
+    for read in (lambda: open_tiles(buffer, [0])([0], [1]), lambda: decode(buffer, whole(buffer, (16, 16)), size=(16, 16))):
         with pytest.raises(BundleError) as caught:
             read()
         assert "street/one" in str(caught.value)
@@ -276,7 +276,7 @@ def test_damage_behind_the_checksum_names_the_bundle() -> None:
     damaged = replace(buffer, data=broken)
     with pytest.raises(BundleError, match=r"^broken\.rinr"):
         decode(damaged, whole(damaged, (40, 40)), size=(40, 40))
-    assert_close(tile_surfaces(damaged, [0], [1])[0], tile_surfaces(buffer, [0], [1])[0])
+    assert_close(open_tiles(damaged, [0])([0], [1])[0], open_tiles(buffer, [0])([0], [1])[0])
 
 
 def test_every_bit_of_a_bundle_is_checked() -> None:
@@ -304,7 +304,7 @@ def test_what_a_stream_decodes_to_takes_a_bounded_amount_of_memory() -> None:
     buffer = buffer_of([bundle], shared=SHARED)
     tracemalloc.start()  # which sees numpy: the entropy decoder
     try:
-        tile_surfaces(buffer, [0], [8])
+        open_tiles(buffer, [0])
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
