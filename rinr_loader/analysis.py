@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import cast
 
@@ -150,6 +151,24 @@ def is_analysis(data: bytes) -> bool:
         return "dictionary" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def analysis_among(files: Mapping[str, bytes], sha256: str) -> Analysis | None:
+    """The analysis of a dictionary, where it is one of the files of shared parameters.
+
+    Args:
+        files: By the SHA-256 that names them, in hexadecimal.
+        sha256: Of the dictionary.
+
+    Raises:
+        ConfigError: One of the files is damaged.
+    """
+    for name, data in files.items():
+        if name != sha256 and is_analysis(data):
+            analysis, owner = load_analysis(data, name)
+            if owner == sha256:
+                return analysis
+    return None
 
 
 @cache

@@ -173,6 +173,9 @@ def convert_command(
     max_bytes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Bytes of a sample at most, where it can be; of tile and jpeg.")] = None,
     refine: Annotated[int | None, typer.Option(min=0, metavar="N", help="Steps that refine latents; of tile.", show_default="0")] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=2, metavar="1|2", help="Layers of the synthesis; of tile.", show_default="2")] = None,
+    dictionary: Annotated[
+        str | None, typer.Option(metavar="NAME.bin", help="A shared dictionary of your own, with NAME.analysis: see train-dictionary; of tile.")
+    ] = None,
     fit_dictionary: Annotated[
         int | None, typer.Option(min=1, metavar="[STEPS]", help="Fit the shared dictionary to the pictures first, 2000 steps; of tile.")
     ] = None,
@@ -193,6 +196,7 @@ def convert_command(
     from rinr_loader import reports
     from rinr_loader.convert import Job, convert, estimate
     from rinr_loader.converters import open_source
+    from rinr_loader.fit_dictionary import with_own_dictionary
 
     chosen = _chosen_device(device)
     if amp and chosen == "cpu":
@@ -201,13 +205,16 @@ def convert_command(
         warn("--val-residuals: the pictures of val and test get better where their labels are; scores on them say more than a detector can do")
     given = {"preset": preset, "mode": mode, "target_psnr": target_psnr, "object_psnr": object_psnr, "seed": seed, "half": amp or None}
     settings = _settings(family, {**given, "max_bytes": max_bytes, "refine": refine, "layers": layers})
-    if fit_dictionary and family != "tile":
-        raise typer.BadParameter(f"is of family tile, and not of {family}; leave it out, or choose --family tile", param_hint="--fit-dictionary")
+    for option, value in (("--dictionary", dictionary), ("--fit-dictionary", fit_dictionary)):
+        if value and family != "tile":
+            raise typer.BadParameter(f"is of family tile, and not of {family}; leave it out, or choose --family tile", param_hint=option)
     job = Job(settings, None if size is None else (size.width, size.height), shard_samples, val_residuals, chosen)
+    if dictionary is not None:
+        job = with_own_dictionary(job, _local(dictionary, "--dictionary"))
     found = open_source(source_path, source_format=source_format, val_fraction=val_fraction, limit=limit)
     if dry_run:
         if fit_dictionary:
-            warn("--fit-dictionary: the estimate is made with the shipped dictionary, and leaves out the time of the fit")
+            warn("--fit-dictionary: the estimate is made with the dictionary that the fit begins with, and leaves out its time")
         reports.estimate_report(estimate(found, job), as_json=as_json)
         return
     with ExitStack() as stage:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rinr_loader.analysis import Analysis, load_analysis, shipped_analysis
+from rinr_loader.analysis import Analysis, analysis_among, shipped_analysis
 from rinr_loader.bundle import JpegSpec, Network, TileSpec
 from rinr_loader.codecs.tile import (
     RESIDUAL_CHANNELS,
@@ -153,11 +153,9 @@ def coder_of(sha256: str, shared: Mapping[str, bytes]) -> Coder:
     Raises:
         ConfigError: There is no such dictionary, or no analysis for it.
     """
-    for name, data in shared.items():
-        if sha256 in shared and name != sha256:
-            analysis, owner = load_analysis(data, name)
-            if owner == sha256:
-                return _coder(load(shared[sha256], sha256), analysis)
+    analysis = analysis_among(shared, sha256) if sha256 in shared else None
+    if analysis is not None:
+        return _coder(load(shared[sha256], sha256), analysis)
     if sha256 in ("", shipped().sha256):
         return _shipped_coder()
     what = "its analysis network beside it" if sha256 in shared else f"it among the shared parameters {sorted(shared)}"

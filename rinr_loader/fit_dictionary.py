@@ -1,4 +1,4 @@
-"""Fine-tuning the shipped dictionary on the pictures that are being converted."""
+"""The dictionary of a conversion: the shipped one, one of the user's, or either of them fitted to the pictures that are being converted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rinr_loader.analysis import load_analysis, shipped_analysis
+from rinr_loader.analysis import Analysis, analysis_among, load_analysis, shipped_analysis
 from rinr_loader.codecs.tile import TILE
-from rinr_loader.dictionary import load, shipped
+from rinr_loader.dictionary import Dictionary, load, shipped
 from rinr_loader.errors import ConfigError
 from rinr_loader.source import Sample, Source
-from rinr_loader.train_dictionary import finish, hash_of_pictures, hold_out, read_pictures
+from rinr_loader.train_dictionary import finish, hash_of_pictures, hold_out, load_base, read_pictures
 from rinr_loader.training import Model, Pictures, TrainSettings, train
 from rinr_loader.units import Job
 from rinr_loader.writer import write_bytes
@@ -30,6 +30,16 @@ def with_dictionary(job: Job) -> Job:
         return job
     base = shipped()
     return replace(job, settings=replace(job.settings, dictionary=base.sha256), shared={**job.shared, base.sha256: base.data})
+
+
+def with_own_dictionary(job: Job, path: Path) -> Job:
+    """A job of family `tile` with a dictionary that `rinr train-dictionary` wrote, `NAME.bin` and `NAME.analysis` beside it.
+
+    Raises:
+        ConfigError: One of them cannot be read, or they do not belong together.
+    """
+    base = load_base(path)
+    return replace(job, settings=replace(job.settings, dictionary=base.dictionary.sha256), shared=base.files)
 
 
 def fitted_job(source: Source, job: Job, steps: int, work: Path, progress: Callable[[int], None] = lambda step: None) -> Job:
@@ -73,16 +83,23 @@ def _fit(source: Source, job: Job, steps: int, work: Path, progress: Callable[[i
     if not used:
         raise ConfigError(f"dictionary: expected pictures of at least {TILE}x{TILE} in the split train to fit to, got none; do without the fit")
     found = Pictures([used], held or used, [1.0])
-    base = shipped()
+    base, network = _base(job)
     settings = TrainSettings.like(base, steps=steps, seed=job.settings.seed, crop=crop)
     pixels = hash_of_pictures(large)
     origin = {"base": base.sha256, "sources": [{"format": source.format, "pictures": len(used), "held_out": len(held), "sha256": pixels}]}
     state = work / STATE.format(pixels[:16])  # where a picture has changed, another training begins
-    model = Model.from_dictionary(base, shipped_analysis(), settings)
+    model = Model.from_dictionary(base, network, settings)
     model, curve = train(found, settings, state, model=model, origin=origin, progress=progress)
     dictionary, analysis, _ = finish(model, found, settings, origin, curve)
     write_bytes(work / DICTIONARY, dictionary)
     write_bytes(work / ANALYSIS, analysis)
+
+
+def _base(job: Job) -> tuple[Dictionary, Analysis]:
+    """What a fit begins with: the dictionary that the job names, and its analysis."""
+    sha256 = job.settings.dictionary
+    own = analysis_among(job.shared, sha256)
+    return (shipped(), shipped_analysis()) if own is None else (load(job.shared[sha256], sha256), own)
 
 
 def _sample(source: Source, size: tuple[int, int] | None) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ class Material:
 
 @dataclass(frozen=True)
 class Base:
-    """A dictionary that a training begins with, and its analysis."""
+    """A dictionary that a training begins with, its analysis, and the files of both by their SHA-256 in hexadecimal."""
 
     dictionary: Dictionary
     analysis: Analysis
+    files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_base(path: Path) -> Base:
     analysis, owner = load_analysis(files[1], str(path.with_suffix(".analysis")))
     if owner != dictionary.sha256:
         raise ConfigError(f"{path.with_suffix('.analysis')}: expected the analysis of {dictionary.sha256}, got that of {owner}; take its own")
-    return Base(dictionary, analysis)
+    return Base(dictionary, analysis, {hashlib.sha256(data).hexdigest(): data for data in files})
 
 
 def groups_of(channels: int) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import draw_scene
+from conftest import assert_psnr, draw_scene
 from PIL import Image
 from small_datasets import tree_hash
 from tiny_training import small, tiny_files
@@ -323,6 +324,50 @@ def test_a_conversion_without_a_fit_carries_the_shipped_dictionary(yolo: Path, t
     assert sha256 == metadata["codec"]["dictionary"] == fit_dictionary.shipped().sha256
     assert hashlib.sha256((tmp_path / "shards" / "shared" / f"{sha256}.bin").read_bytes()).hexdigest() == sha256
     assert verify(tmp_path / "shards").damage == ()
+
+
+@pytest.mark.parametrize("fit", [(), ("--fit-dictionary", 2)])
+def test_a_conversion_with_a_dictionary_of_ones_own(fit: tuple[object, ...], yolo: Path, tmp_path: Path) -> None:
+    own, (data, network) = tmp_path / "own.bin", tiny_files()
+    own.write_bytes(data)
+    own.with_suffix(".analysis").write_bytes(network)
+    named = load(data, "own").sha256
+    result = rinr("convert", yolo, tmp_path / "shards", "--dictionary", own, "--target-psnr", 22, "--json", *fit)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    metadata = json.loads((tmp_path / "shards" / "dataset.json").read_bytes())
+    sha256 = metadata["codec"]["dictionary"]
+    assert metadata["codec"]["job"]["dictionary"] == named
+    assert len(listed(metadata)) == 2
+    assert sha256 in listed(metadata)
+    if fit:
+        assert load((tmp_path / "shards" / "shared" / f"{sha256}.bin").read_bytes(), "fitted").about["base"] == named != sha256
+    else:
+        assert sha256 == named
+    assert verify(tmp_path / "shards").damage == ()
+    assert rinr("export", tmp_path / "shards", tmp_path / "out").exit_code == 0
+    first = open_source(yolo).samples[0]
+    (shown,) = (tmp_path / "out").glob(f"images/{first.split}/{first.key}.png")
+    assert_psnr(np.array(Image.open(shown)), np.array(Image.open(str(first.image))), at_least=21)
+
+
+def test_a_dictionary_that_cannot_be_used_is_told(yolo: Path, tmp_path: Path) -> None:
+    own, (data, network) = tmp_path / "own.bin", tiny_files()
+    own.write_bytes(data)
+
+    def message(*options: object) -> str:
+        return failed(rinr("convert", yolo, tmp_path / "d", "--dictionary", own, *options))
+
+    assert "own.analysis: expected a file, got No such file or directory; a dictionary is NAME.bin and NAME.analysis" in message()
+    own.with_suffix(".analysis").write_bytes(network[: len(network) // 2])
+    assert "own.analysis: expected an analysis network, got" in message()
+    own.with_suffix(".analysis").write_bytes(network)
+    own.write_bytes(data[:-1])
+    assert "own.bin: expected a dictionary, got" in message()
+    own.write_bytes(data.replace(b'version\\": 1', b'version\\": 9'))
+    assert "own.bin: expected a dictionary of version 1, got 9; upgrade rinr_loader to read it" in message()
+    wrong = rinr("convert", yolo, tmp_path / "d", "--family", "siren", "--dictionary", own)
+    assert "--dictionary: is of family tile, and not of siren" in failed(wrong, 2)
+    assert not (tmp_path / "d").exists()
 
 
 def test_nothing_to_fit_to(base: str, tmp_path: Path, sources: tuple[Path, Path]) -> None:
