@@ -33,7 +33,7 @@ def main() -> None:
                 found = []
                 for i, one in enumerate(pictures):
                     wanted = block_means(torch.from_numpy(one.pixels).permute(2, 0, 1), k) / 255
-                    linear, whole = open_tiles(buffer, [i])([i, i], [k, 1])
+                    linear, whole = open_tiles(buffer, [i])([i, i], [k, 1], [(0, 0, *one.pixels.shape[1::-1])] * 2)
                     averaged = block_means(whole, k)
                     found.append([-10 * math.log10(float((image.clamp(0, 1) - wanted).square().mean())) for image in (linear, averaged)])
                 linear_psnr, averaged_psnr = np.mean(found, 0).tolist()

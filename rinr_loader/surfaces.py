@@ -32,7 +32,7 @@ UNIT = 1e-3  # pixels by which a placement may miss the pixels of a surface and 
 
 Box = tuple[int, int, int, int]
 Finish = Callable[[Tensor], Tensor]
-MakeSurfaces = Callable[[Sequence[int], Sequence[int]], list[Tensor]]
+MakeSurfaces = Callable[[Sequence[int], Sequence[int], Sequence[Box]], list[Tensor]]
 OpenSurfaces = Callable[[ShardBuffer, Sequence[int]], MakeSurfaces]
 
 
@@ -41,13 +41,14 @@ def open_jpegs(buffer: ShardBuffer, samples: Sequence[int]) -> MakeSurfaces:
     return partial(jpeg_surfaces, buffer)
 
 
-def jpeg_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[int]) -> list[Tensor]:
+def jpeg_surfaces(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[int], regions: Sequence[Box]) -> list[Tensor]:
     """The surfaces of samples of the family `jpeg`.
 
     Args:
         buffer: Where they are.
         samples: Which, in any order; one that stands in several places is decoded once.
         reduce: k of each.
+        regions: The stored pixels that matter of each; a JPEG is decoded whole.
 
     Raises:
         BundleError: A JPEG is damaged.
@@ -95,7 +96,7 @@ def block_means(image: Tensor, k: int) -> Tensor:
 
 
 # How each family makes its surfaces: a function of the buffer and samples, distinct, does what is better done for many at once, and gives a
-# function of some of these samples and k of each. Equal samples stand side by side.
+# function of some of these samples, k of each, and the stored pixels that matter of each. Equal samples stand side by side.
 SURFACES: dict[type[Spec], OpenSurfaces] = {JpegSpec: open_jpegs, TileSpec: open_tiles}
 
 
@@ -144,7 +145,8 @@ def paint(buffer: ShardBuffer, view: View, rows: Tensor, antialias: bool, images
             areas = {sample: sum(math.prod(-(-side // k) for side in stored[sample]) for k in mine[sample]) for sample in opened}
             for part in _parts(opened, areas.__getitem__, PIXELS[_kind(buffer.device)]):
                 wanted = [(sample, k) for sample in part for k in mine[sample]]
-                for (sample, k), surface in zip(wanted, make([sample for sample, _ in wanted], [k for _, k in wanted]), strict=True):
+                regions = [_region(mine[sample][k], stored[sample]) for sample, k in wanted]
+                for (sample, k), surface in zip(wanted, make([sample for sample, _ in wanted], [k for _, k in wanted], regions), strict=True):
                     for one in mine[sample][k]:
                         _draw(one, surface, images[one.output], finish)
 
@@ -167,6 +169,24 @@ def _placed(buffer: ShardBuffer, view: View, rows: Tensor, size: tuple[int, int]
             integers.tolist(), jobs.box.tolist(), reals.tolist(), view.matrix[placement], view.clip[placement], strict=True
         )
     ]
+
+
+def _region(placed: Sequence[_Placed], size: Sequence[int]) -> Box:
+    """The stored pixels that placements of one sample show, and those beside them that interpolation and reduction reach."""
+    height, width = size
+    corners = []
+    for one in placed:
+        if one.numbers[6:] != (0, 0, 1) or not all(map(math.isfinite, one.numbers)):
+            return 0, 0, width, height
+        a, b, c, d, e, f, *_ = one.numbers
+        x0, y0, x1, y1 = one.box
+        border = 2 * one.reduce
+        for x, y in ((x0, y0), (x1, y0), (x0, y1), (x1, y1)):
+            corners += [(a * x + b * y + c + more, d * x + e * y + f + more) for more in (-border, border)]
+    left, right = (min(max(math.floor(pick(x for x, _ in corners)), 0), width) for pick in (min, max))
+    top, bottom = (min(max(math.floor(pick(y for _, y in corners)), 0), height) for pick in (min, max))
+    # What lies beyond the picture shows its border.
+    return min(left, width - 1), min(top, height - 1), max(right, 1), max(bottom, 1)
 
 
 def _draw(one: _Placed, surface: Tensor, image: Tensor, finish: Finish) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rinr_loader.bundle import TileSpec
-from rinr_loader.codecs.tile import picture, residual, scaled_basis
+from rinr_loader.codecs.tile import TILE, lattice_of, picture, residual, scaled_basis
 from rinr_loader.dictionary import Dictionary, find
 from rinr_loader.reader import ShardBuffer
 from rinr_loader.stream import Rect, count_bytes, read_streams
@@ -21,7 +21,7 @@ from rinr_loader.view import feather
 LINEAR = 4  # the coarsest basis; beyond it pictures are averaged
 
 
-def open_tiles(buffer: ShardBuffer, samples: Sequence[int]) -> Callable[[Sequence[int], Sequence[int]], list[Tensor]]:
+def open_tiles(buffer: ShardBuffer, samples: Sequence[int]) -> Callable[[Sequence[int], Sequence[int], Sequence[Rect]], list[Tensor]]:
     """Decode the streams of samples of the family `tile`, all together: a step takes the same time for many as for a few.
 
     At 1/2 and below `tile-2` is not filtered: halving its size takes away most of what the filter mends.
@@ -31,7 +31,8 @@ def open_tiles(buffer: ShardBuffer, samples: Sequence[int]) -> Callable[[Sequenc
         samples: Which, distinct.
 
     Returns:
-        What makes surfaces: a function of some of the samples, in any order, and k of each.
+        What makes surfaces: a function of some of the samples, in any order, k of each, and the stored pixels that matter of each. What is
+        far from those is not decoded.
 
     Raises:
         BundleError: A stream is damaged, or its shared parameters are not there.
@@ -45,16 +46,17 @@ def open_tiles(buffer: ShardBuffer, samples: Sequence[int]) -> Callable[[Sequenc
             latents[sample] = [torch.from_numpy(part).to(buffer.device) for part in parts]
     row = dict(zip(samples, buffer.network_start[list(samples)].tolist(), strict=True))
 
-    def surface(wanted: tuple[int, int]) -> Tensor:
-        sample, k = wanted
-        return _surface(buffer, row[sample], dictionaries[sample], [part.float() for part in latents[sample]], rects[sample], k)
+    def surface(wanted: _Wanted) -> Tensor:
+        sample, k, region = wanted
+        return _surface(buffer, row[sample], dictionaries[sample], latents[sample], rects[sample], k, region)
 
-    def make(some: Sequence[int], reduce: Sequence[int]) -> list[Tensor]:
-        return _side_by_side(surface, list(zip(some, reduce, strict=True)), buffer.device)
+    def make(some: Sequence[int], reduce: Sequence[int], regions: Sequence[Rect]) -> list[Tensor]:
+        return _side_by_side(surface, list(zip(some, reduce, regions, strict=True)), buffer.device)
 
     return make
 
 
+_Wanted = tuple[int, int, Rect]
 _Streams = tuple[Dictionary, NDArray[np.uint8], list[tuple[int, int]], list[int], list[list[Rect]], list[str]]
 
 
@@ -83,14 +85,14 @@ def stream_bytes(buffer: ShardBuffer) -> list[dict[str, float]]:
     return [parts for _, streams in _streams(buffer, samples) for parts in count_bytes(*streams)]
 
 
-def _side_by_side(surface: Callable[[tuple[int, int]], Tensor], wanted: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+def _side_by_side(surface: Callable[[_Wanted], Tensor], wanted: Sequence[_Wanted], device: torch.device) -> list[Tensor]:
     """Make surfaces, on a CPU one for each thread: a single one is too little work to be shared by several."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(wanted) == 1:
         return [surface(one) for one in wanted]
 
     @torch.no_grad()  # which holds for one thread only
-    def alone(one: tuple[int, int]) -> Tensor:
+    def alone(one: _Wanted) -> Tensor:
         return surface(one)
 
     try:
@@ -113,21 +115,23 @@ def _dictionary(buffer: ShardBuffer, sample: int) -> Dictionary:
     return found if isinstance(found, Dictionary) else find(key, f"{buffer.keys[sample]}.rinr")
 
 
-def _surface(buffer: ShardBuffer, row: int, dictionary: Dictionary, latents: Sequence[Tensor], rects: Sequence[Rect], k: int) -> Tensor:
-    """One surface: the background at 1/k, and the block means of its residuals."""
+def _surface(buffer: ShardBuffer, row: int, dictionary: Dictionary, latents: Sequence[Tensor], rects: Sequence[Rect], k: int, region: Rect) -> Tensor:
+    """One surface: the background at 1/k, and the block means of its residuals, as far as they touch the tiles of a region."""
     height, width = rects[0][3], rects[0][2]
     scale, feathers = buffer.scale[row : row + len(rects)].tolist(), buffer.feather[row : row + len(rects)].tolist()
-    rows, columns = -(-height // 16), -(-width // 16)
+    rows, columns = lattice_of(rects[0], TILE)
     device = buffer.device
     basis = scaled_basis(dictionary.basis.to(device), min(k, LINEAR))
     weights = {name: value.to(device) for name, value in dictionary.filter.items()} if _spec(buffer, row).layers == 2 and k == 1 else None
-    image = picture(latents[0].T.unflatten(1, (rows, columns)), basis, weights, scale[0])
+    x0, y0, x1, y1 = tiles = (region[0] // TILE, region[1] // TILE, min(columns, -(-region[2] // TILE)), min(rows, -(-region[3] // TILE)))
+    image = picture(latents[0].float().T.unflatten(1, (rows, columns)), basis, weights, scale[0], tiles)
     if k > LINEAR:
         image = F.avg_pool2d(image, k // LINEAR)
-    image = image[:, : -(-height // k), : -(-width // k)].contiguous()
+    image = image[:, : -(-height // k), : -(-width // k)]
     for part, rect, step, ramp in zip(latents[1:], rects[1:], scale[1:], feathers[1:], strict=True):
-        weight = weight_of(rect, ramp, (height, width), device)
-        _add(image, residual(part, dictionary.residual_basis.to(device), step, rect) * weight, rect, (height, width), k)
+        if rect[0] < x1 * TILE and x0 * TILE < rect[2] and rect[1] < y1 * TILE and y0 * TILE < rect[3]:
+            weight = weight_of(rect, ramp, (height, width), device)
+            _add(image, residual(part.float(), dictionary.residual_basis.to(device), step, rect) * weight, rect, (height, width), k)
     return image.add_(127.5).div_(255)
 
 

@@ -29,6 +29,7 @@ from rinr_loader.rng import Draws
 from rinr_loader.surfaces import block_means
 
 Floats = NDArray[np.float64]
+Box = tuple[int, int, int, int]
 
 BUNDLES = (
     jpeg_bundle(0),
@@ -421,6 +422,37 @@ def test_a_bounded_number_of_surfaces_stands_in_memory(monkeypatch: pytest.Monke
         assert made == [together * each] * (12 // together)
         assert sum(files) == 12
         assert max(files) <= max(1, most // 1200)
+
+
+def test_what_placements_show_lies_in_the_region_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, size = buffer_of([jpeg_bundle(i, stored=(60, 90)) for i in range(3)]), (50, 40)
+    asked: list[Box] = []
+
+    def poisoned(buffer: ShardBuffer, samples: Sequence[int], reduce: Sequence[int], regions: Sequence[Box]) -> list[torch.Tensor]:
+        """What lies outside of a region is not there."""
+        found = surfaces.jpeg_surfaces(buffer, samples, reduce, regions)
+        for surface, k, (x0, y0, x1, y1) in zip(found, reduce, regions, strict=True):
+            assert 0 <= x0 < x1 <= 90
+            assert 0 <= y0 < y1 <= 60
+            asked.append((x0, y0, x1, y1))
+            keep = torch.zeros_like(surface, dtype=torch.bool)
+            keep[:, y0 // k : -(-y1 // k), x0 // k : -(-x1 // k)] = True
+            surface[~keep] = torch.nan
+        return found
+
+    placements = [whole(buffer, size)]
+    for zoom in (0.3, 1.0, 3.0):
+        for shift in (-70.0, -20.0, 0.0, 15.0):
+            for turn in (0.0, 0.4):
+                cos, sin = zoom * math.cos(turn), zoom * math.sin(turn)
+                matrix = torch.tensor([[cos, -sin, shift], [sin, cos, shift / 2], [0, 0, 1]]).expand(3, 3, 3)
+                placements.append(replace(placements[0], matrix=matrix))
+    expected = [decode(buffer, one, size=size, dtype=torch.float32) for one in placements]
+    monkeypatch.setitem(surfaces.SURFACES, JpegSpec, lambda buffer, samples: partial(poisoned, buffer))
+    for one, wanted in zip(placements, expected, strict=True):
+        assert_close(decode(buffer, one, size=size, dtype=torch.float32), wanted)
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in asked]
+    assert min(areas) < 60 * 90 / 10, "a part of a picture is asked for in part"
 
 
 def test_memory_of_large_pictures_shown_small() -> None:

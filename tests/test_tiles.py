@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rinr_loader.bundle import TileSpec, pack, parse
 from rinr_loader.codecs import tile as codec
-from rinr_loader.codecs.tile import picture, scaled_basis
+from rinr_loader.codecs.tile import picture, scaled_basis, synthesise
 from rinr_loader.decode import decode, decode_batch, whole
 from rinr_loader.dictionary import Dictionary, dump, load
 from rinr_loader.errors import BundleError
@@ -33,9 +33,11 @@ SHARED = {tiny_dictionary().key: tiny_dictionary()}
 # Two that overlap, one of one pixel, one at the border; feathered, hard, and with a ramp wider than themselves
 RESIDUALS = [((2, 3, 30, 21), 6.0, 4), ((20, 10, 37, 33), 9.0, 0), ((5, 30, 6, 31), 12.0, 2), ((31, 0, 40, 40), 5.0, 255)]
 
+EVERYTHING = (0, 0, 65535, 65535)
+
 
 def surface(bundle: bytes, k: int = 1, shared: dict[bytes, Dictionary] | None = None) -> torch.Tensor:
-    return open_tiles(buffer_of([bundle], shared=SHARED if shared is None else shared), [0])([0], [k])[0]
+    return open_tiles(buffer_of([bundle], shared=SHARED if shared is None else shared), [0])([0], [k], [EVERYTHING])[0]
 
 
 def levels(bundle: bytes, k: int = 1) -> Floats:
@@ -197,9 +199,34 @@ def test_surfaces_come_in_the_order_that_was_asked_for() -> None:
     bundles = [random_tile_bundle(i, (20 + 8 * i, 24), layers=1 + i % 2, residuals=[((2, 3, 20, 17), 6.0, 4)] if i else []) for i in range(3)]
     buffer = buffer_of(bundles, shared=SHARED)
     asked = [(2, 1), (0, 2), (2, 4), (1, 1), (0, 1)]
-    found = open_tiles(buffer, [0, 1, 2])([s for s, _ in asked], [k for _, k in asked])
+    found = open_tiles(buffer, [0, 1, 2])([s for s, _ in asked], [k for _, k in asked], [EVERYTHING] * len(asked))
     for (s, k), mine in zip(asked, found, strict=True):
         assert_close(mine, surface(bundles[s], k))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_only_the_tiles_of_a_region_are_made(layers: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = random_tile_bundle(0, (150, 200), layers=layers, residuals=RESIDUALS)
+    whole_surface, buffer = surface(bundle, k), buffer_of([bundle], shared=SHARED)
+    made: list[int] = []
+
+    def counting(latents: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        made.append(latents.shape[2] * latents.shape[3])
+        return synthesise(latents, basis)
+
+    monkeypatch.setattr(codec, "synthesise", counting)
+    for x0, y0, x1, y1 in ((0, 0, 200, 150), (50, 40, 51, 41), (0, 33, 17, 150), (190, 0, 200, 10), (33, 140, 150, 150), (16, 16, 32, 32)):
+        for band in (8192, 30):
+            made.clear()
+            monkeypatch.setattr(codec, "BAND", band)
+            (found,) = open_tiles(buffer, [0])([0], [k], [(x0, y0, x1, y1)])
+            assert found.shape == whole_surface.shape
+            inside = (slice(None), slice(y0 // k, -(-y1 // k)), slice(x0 // k, -(-x1 // k)))
+            torch.testing.assert_close(found[inside], whole_surface[inside], atol=2e-6, rtol=0)
+            if band == 8192:
+                across, down = (-(-b // 16) - a // 16 for a, b in ((x0, x1), (y0, y1)))
+                assert sum(made) <= (across + 2) * (down + 2)
 
 
 def test_families_in_one_buffer_do_not_mix() -> None:
@@ -240,7 +267,7 @@ def test_samples_of_two_dictionaries_in_one_buffer() -> None:
     other = other_dictionary()
     assert other.key != tiny_dictionary().key
     bundles = [random_tile_bundle(1, (24, 40), step=200.0, dictionary=mine) for mine in (tiny_dictionary(), other)]
-    one, two = open_tiles(buffer_of(bundles, shared={**SHARED, other.key: other}), [0, 1])([0, 1], [1, 1])
+    one, two = open_tiles(buffer_of(bundles, shared={**SHARED, other.key: other}), [0, 1])([0, 1], [1, 1], [EVERYTHING] * 2)
     assert_close(one.flip(0), two)
     assert (one - two).abs().max() > 0.05
 
@@ -248,7 +275,7 @@ def test_samples_of_two_dictionaries_in_one_buffer() -> None:
 def test_a_missing_dictionary_is_named_with_the_bundle() -> None:
     bundle = random_tile_bundle(0, (16, 16))
     buffer = buffer_of([bundle], ["street/one"])
-    for read in (lambda: open_tiles(buffer, [0])([0], [1]), lambda: decode(buffer, whole(buffer, (16, 16)), size=(16, 16))):
+    for read in (lambda: open_tiles(buffer, [0])([0], [1], [EVERYTHING]), lambda: decode(buffer, whole(buffer, (16, 16)), size=(16, 16))):
         with pytest.raises(BundleError) as caught:
             read()
         assert "street/one" in str(caught.value)
@@ -276,7 +303,7 @@ def test_damage_behind_the_checksum_names_the_bundle() -> None:
     damaged = replace(buffer, data=broken)
     with pytest.raises(BundleError, match=r"^broken\.rinr"):
         decode(damaged, whole(damaged, (40, 40)), size=(40, 40))
-    assert_close(open_tiles(damaged, [0])([0], [1])[0], open_tiles(buffer, [0])([0], [1])[0])
+    assert_close(open_tiles(damaged, [0])([0], [1], [EVERYTHING])[0], open_tiles(buffer, [0])([0], [1], [EVERYTHING])[0])
 
 
 def test_every_bit_of_a_bundle_is_checked() -> None:

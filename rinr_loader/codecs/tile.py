@@ -107,7 +107,9 @@ def scaled_basis(basis: Tensor, k: int) -> Tensor:
     return basis if k == 1 else F.avg_pool2d(basis, k)
 
 
-def picture(latents: Tensor, basis: Tensor, weights: Mapping[str, Tensor] | None, step: float) -> Tensor:
+def picture(
+    latents: Tensor, basis: Tensor, weights: Mapping[str, Tensor] | None, step: float, region: tuple[int, int, int, int] | None = None
+) -> Tensor:
     """Background of one picture, a band of tiles at a time, so that memory beyond the result stays bounded.
 
     Args:
@@ -115,27 +117,34 @@ def picture(latents: Tensor, basis: Tensor, weights: Mapping[str, Tensor] | None
         basis: See `scaled_basis`.
         weights: Of the filter; None for none.
         step: Quantization step in grey levels.
+        region: First column and row of the tiles that are wanted, and those behind the last; all without. The others stay 0.
 
     Returns:
         Grey levels around 0, `(3, h * t, w * t)`, t pixels a tile.
     """
     height, width = latents.shape[1:]
     tile = basis.shape[-1] * TILE // SUPPORT
-    used = latents.flatten(1).any(1).nonzero()[:, 0]
+    left, top, right, bottom = region or (0, 0, width, height)
+    # One more on each side: what a cut would change reaches less far, through basis and filter together.
+    west, east = max(0, left - 1), min(width, right + 1)
+    latents = latents[:, :, west:east]
+    used = latents[:, max(0, top - 1) : bottom + 1].flatten(1).any(1).nonzero()[:, 0]
     latents, basis = latents[used], basis[used]
-    rows = max(1, BAND // width)
-    image = latents.new_empty(3, height * tile, width * tile)
-    for first in range(0, height, rows):
-        # One row of tiles more on each side: what a cut would change reaches less far, through basis and filter together.
-        low, high = max(0, first - 1), min(height, first + rows + 1)
+    image: Tensor | None = None
+    rows = max(1, BAND // (east - west))
+    for first in range(top, bottom, rows):
+        last = min(bottom, first + rows)
+        low, high = max(0, first - 1), min(height, last + 1)
         part = synthesise(latents[None, :, low:high] * step, basis)
         if weights is not None:
             part = smooth(part / UNIT, weights, torch.full((1,), step / TYPICAL_STEP, device=part.device)) * UNIT
-        if rows >= height:
+        if (west, low, east, high) == (0, 0, width, height):
             return part[0]
-        last = min(height, first + rows)
-        image[:, first * tile : last * tile] = part[0, :, (first - low) * tile : (last - low) * tile]
-    return image
+        if image is None:
+            image = part.new_zeros(3, height * tile, width * tile)
+        inside = part[0, :, (first - low) * tile : (last - low) * tile, (left - west) * tile : (right - west) * tile]
+        image[:, first * tile : last * tile, left * tile : right * tile] = inside
+    return latents.new_zeros(3, height * tile, width * tile) if image is None else image
 
 
 def residual(latents: Tensor, basis: Tensor, step: float, rect: tuple[int, int, int, int]) -> Tensor:
