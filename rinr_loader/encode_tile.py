@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from rinr_loader.analysis import Analysis, analysis_among, shipped_analysis
 from rinr_loader.bundle import JpegSpec, Network, TileSpec
 from rinr_loader.codecs.tile import (
+    BAND,
     RESIDUAL_CHANNELS,
     RESIDUAL_TILE,
     TILE,
@@ -31,7 +32,7 @@ from rinr_loader.dictionary import Dictionary, load, shipped
 from rinr_loader.encode_jpeg import overhead, smallest_jpeg
 from rinr_loader.errors import ConfigError
 from rinr_loader.lanes import Lanes, check_device, running
-from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, improve, psnr_of, quantise
+from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, improve, psnr_of, quantise, recode
 from rinr_loader.measured import pack_all, pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
@@ -337,21 +338,52 @@ def _refine(
     weights: Mapping[str, Tensor] | None,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Move latents down the gradient of the picture's squared error wherever that is worth the bits; see `latents.improve`."""
-    height, width = source.shape[1:]
-    padded = F.pad(source[None], (0, -width % TILE, 0, -height % TILE), mode="replicate")
+    """Move latents down the gradient of the picture's squared error wherever that is worth the bits; see `latents.improve`.
 
-    def measure(integers: Tensor) -> tuple[Tensor, float]:
-        with torch.enable_grad():
-            values = (integers.T.unflatten(1, list(shape))[None] * step).requires_grad_()
-            image = synthesise(values, coder.dictionary.basis)
-            if weights is not None:
-                image = smooth(image / UNIT, weights, torch.full((1,), step / TYPICAL_STEP)) * UNIT
-            error = (image - padded).square().sum()
-            (found,) = torch.autograd.grad(error, values)
-        return found[0].flatten(1).T / step, float(error.detach()) / step**2
+    Large pictures a band of tiles at a time, each with those above as they have become.
+    """
+    predicted, (rows, columns) = coder.dictionary.predicted, shape
+    padded = F.pad(source[None], (0, -source.shape[2] % TILE, 0, -source.shape[1] % TILE), mode="replicate")
+    integers, classes = integers.clone(), classes.clone()
+    band = max(1, BAND // columns)
+    for first in range(0, rows, band):
+        last = min(rows, first + band)
+        low, high = max(0, first - 1), min(rows, last + 1)
+        mine = slice(first * columns, last * columns)
+        measure = partial(_error, coder, integers[low * columns : high * columns], first - low, padded[:, :, low * TILE : high * TILE], step, weights)
+        integers[mine], classes[mine] = improve(
+            coder.background, integers[mine], classes[mine], measure, coder.energy, STRENGTH, columns, predicted, steps
+        )
+    return integers, recode(coder.background, integers, classes, columns, predicted)
 
-    return improve(coder.background, integers, classes, measure, coder.energy, STRENGTH, int(shape[1]), coder.dictionary.predicted, steps)
+
+def _error(
+    coder: Coder, around: Tensor, above: int, wanted: Tensor, step: float, weights: Mapping[str, Tensor] | None, integers: Tensor
+) -> tuple[Tensor, float]:
+    """Squared error of a band of tiles in squared steps, and its gradient.
+
+    Args:
+        coder: The dictionary.
+        around: Integers of the band with a row of tiles on each side, where there is one, `(T, C)`.
+        above: Rows above the band, 0 or 1.
+        wanted: Grey levels of all those tiles, `(1, 3, H, W)`.
+        step, weights: See `picture`.
+        integers: Of the band.
+    """
+    height, columns = (side // TILE for side in wanted.shape[2:])
+    rows, first = len(integers) // columns, above * columns
+    below = height - rows - above
+    with torch.enable_grad():
+        moved = (integers * step).requires_grad_()
+        values = torch.cat([around[:first] * step, moved, around[first + len(integers) :] * step])
+        image = synthesise(values.T.unflatten(1, (height, columns))[None], coder.dictionary.basis)
+        if weights is not None:
+            image = smooth(image / UNIT, weights, torch.full((1,), step / TYPICAL_STEP)) * UNIT
+        # Half a tile beyond the band: further on, what is cut off is missed.
+        seen = slice(above * TILE // 2, height * TILE - (TILE // 2 if below else 0))
+        error = (image - wanted)[:, :, seen].square().sum()
+        (found,) = torch.autograd.grad(error, moved)
+    return found / step, float(error.detach()) / step**2
 
 
 def _residuals(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rinr_loader.codecs.rans import PROBABILITY_BITS
+from rinr_loader.codecs.tile import BAND
 from rinr_loader.dictionary import CONTEXTS, Prior
 
 ESCAPE_BITS = 16
@@ -24,7 +25,6 @@ DEAD_ZONE = 0.6  # magnitudes below it are zero in the first guess
 # background's basis is not orthogonal, and 24 gave the best curves of 8, 10, 16, 24, 30 and plain rounding on four photographs.
 STRENGTH, RESIDUAL_STRENGTH = 24.0, 8.0
 FIRST_SHARE, LEAST_SHARE = 0.5, 0.01  # of the latents that a step of refinement takes
-BAND = 8192  # tiles whose integers are chosen together: beyond their latents, what that takes is some 10 KB each
 ROUNDS = 2  # of choosing integers for the classes and classes for the integers
 # Representatives of magnitudes in the choice of a class, where a cost for each would be too much work
 LEVELS = (0, 1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 95, 128)
@@ -120,13 +120,29 @@ def quantise(costs: Costs, values: Tensor, energy: Tensor, strength: float, colu
         Integers as they are synthesised, float32 `(T, C)`, and classes, int64 `(T, groups)`.
     """
     means = differences(values[:, :exact].round(), columns, exact)
-    rows = max(1, BAND // columns) * columns
-    bands = [
-        _quantise_band(costs, values[i : i + rows], means[i : i + rows], strength * energy, columns, extra[i : i + rows], exact)
-        for i in range(0, len(values), rows)
+    found = [
+        _quantise_band(costs, values[band], means[band], strength * energy, columns, extra[band], exact) for band in _bands(len(values), columns)
     ]
-    integers, classes = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    integers, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
     return integers, classes
+
+
+def recode(costs: Costs, integers: Tensor, classes: Tensor, columns: int, exact: int) -> Tensor:
+    """The cheapest classes for integers whose classes were chosen for others, or by parts: see `quantise`."""
+    means, left = differences(integers[:, :exact], columns, exact), left_context(costs, classes, columns)
+    none = torch.full((len(integers),), CONTEXTS - 1)
+    return torch.cat(
+        [
+            choose_classes(costs, torch.cat([means[band], integers[band, exact:]], 1), left[band], none[band])[0]
+            for band in _bands(len(integers), columns)
+        ]
+    )
+
+
+def _bands(tiles: int, columns: int) -> list[slice]:
+    """Whole rows of tiles whose integers are chosen together: beyond their latents, that takes some 10 KB a tile."""
+    rows = max(1, BAND // columns) * columns
+    return [slice(i, i + rows) for i in range(0, tiles, rows)]
 
 
 def _quantise_band(costs: Costs, values: Tensor, means: Tensor, weight: Tensor, columns: int, extra: Tensor, exact: int) -> tuple[Tensor, Tensor]:

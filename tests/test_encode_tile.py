@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rinr_loader import encode_tile
 from rinr_loader.analysis import dump_analysis, load_analysis
 from rinr_loader.bundle import Bundle, JpegSpec, TileSpec, parse
+from rinr_loader.codecs import tile
 from rinr_loader.decode import decode_batch
 from rinr_loader.dictionary import shipped
 from rinr_loader.encode import encode_unit
@@ -149,6 +150,43 @@ def test_refinement_lowers_bytes_at_the_same_psnr() -> None:
         assert parse(data).family == "tile"
         assert 29.0 <= whole_psnr(decoded(data), one.pixels) < 29.2
     assert len(refined) < len(plain)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("first", "last"), [(0, 7), (0, 3), (3, 5), (5, 7), (2, 3)])
+def test_the_error_of_a_band_falls_as_that_of_the_picture(layers: int, first: int, last: int) -> None:
+    dictionary, columns, step = TINY, 4, 60.0
+    coder = encode_tile._coder(dictionary, load_analysis(tiny_analysis(CHANNELS), "tiny")[0])
+    generator = torch.Generator().manual_seed(first)
+    integers = torch.randn(7 * columns, CHANNELS, generator=generator).mul(0.7).round()
+    weights = dict(dictionary.filter) if layers == 2 else None
+    wanted = torch.from_numpy(natural(2, 112, 64)).permute(2, 0, 1)[None].float() - 127.5
+    band, low, high = slice(first * columns, last * columns), max(0, first - 1), min(7, last + 1)
+    around, part = integers[low * columns : high * columns], wanted[:, :, low * 16 : high * 16]
+    gradient, error = encode_tile._error(coder, around, first - low, part, step, weights, integers[band])
+
+    def whole(moved: torch.Tensor) -> torch.Tensor:
+        values = torch.cat([integers[: band.start], moved, integers[band.stop :]]).T.unflatten(1, (7, columns))
+        return (tile.picture(values, dictionary.basis, weights, step) - wanted[0]).square()[:, max(0, first * 16 - 8) : last * 16 + 8].sum() / step**2
+
+    moved = integers[band].clone().requires_grad_()
+    expected = whole(moved)
+    (wanted_gradient,) = torch.autograd.grad(expected, moved)
+    assert error == pytest.approx(float(expected.detach()), rel=1e-4)
+    scale = float(wanted_gradient.abs().max())
+    torch.testing.assert_close(gradient / scale, wanted_gradient / scale, atol=2e-3, rtol=0)
+
+
+def test_a_large_picture_is_refined_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = picture(natural(5, 128, 160))
+    sizes = {}
+    for band in (8192, 20, 1):
+        monkeypatch.setattr(encode_tile, "BAND", band)
+        data = encode_bytes(one, target_psnr=29.0, refine=12, mode="be")[0]
+        assert 29.0 <= whole_psnr(decoded(data), one.pixels) < 29.2
+        sizes[band] = len(data)
+    assert sizes[20] == pytest.approx(sizes[8192], rel=0.03)
+    assert sizes[1] == pytest.approx(sizes[8192], rel=0.05)
 
 
 # --- search ---

@@ -11,9 +11,10 @@ import torch
 from dictionaries import random_lattice, tiny_dictionary
 from torch import Tensor
 
+from rinr_loader import latents
 from rinr_loader.codecs.tile import TILE, lattice_of
 from rinr_loader.dictionary import CONTEXTS, Prior
-from rinr_loader.latents import ESCAPE_BITS, Costs, choose_classes, costs_of, differences, left_context, psnr_of, quantise
+from rinr_loader.latents import ESCAPE_BITS, Costs, choose_classes, costs_of, differences, left_context, psnr_of, quantise, recode
 from rinr_loader.stream import Lattice, write_stream
 
 NONE = CONTEXTS - 1
@@ -158,6 +159,24 @@ def test_classes_fit_their_integers_and_can_be_written() -> None:
     symbols = differences(integers, 6, dictionary.predicted).long().numpy()
     assert not symbols[classes.numpy()[:, dictionary.background.group_of] == 0].any()
     write_stream(dictionary, Lattice(symbols, classes.numpy(), (0, 0, 96, 80)), [])
+
+
+@pytest.mark.parametrize("exact", [0, 2])
+def test_bands_of_tiles_change_nothing(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, values, extra = 5, random_values(3, 60), torch.arange(60) % NONE
+    arguments = costs(), values, torch.ones(16), 8.0, columns, extra, exact
+    integers, classes = quantise(*arguments)
+    other = classes.roll(1, 0)  # what they were before, as context
+    recoded = recode(costs(), integers, other, columns, exact)
+    symbols = differences(integers, columns, exact)
+    left = left_context(costs(), other, columns)
+    assert torch.equal(recoded, choose_classes(costs(), symbols, left, torch.full((60,), NONE))[0])
+    for band in (1, 5, 14, 15, 59):
+        monkeypatch.setattr(latents, "BAND", band)
+        found = quantise(*arguments)
+        assert torch.equal(found[0], integers)
+        assert torch.equal(found[1], classes)
+        assert torch.equal(recode(costs(), integers, other, columns, exact), recoded)
 
 
 def test_differences_are_to_the_left_and_in_the_first_column_to_above() -> None:
