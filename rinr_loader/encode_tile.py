@@ -45,8 +45,10 @@ from rinr_loader.tiles import weight_of
 TARGET_WITH_RESIDUALS, TARGET_ALONE, OBJECT_TARGET = 27.0, 32.0, 35.0
 LEAST_STEP, MOST_STEP, FIRST_STEP = 4.0, 260.0, 100.0  # grey levels: far outside of what was trained, colours turn blotchy
 LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
+ROUNDS = 3  # of residuals, until none that overlap spoil another's object
 TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
 SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
+LEAST_MOVE, FARTHER = 0.02, 2.0  # of a step's logarithm, and by how much more with every trial, while the target is not between two of them
 COARSER = 1.2  # by which steps grow where a bundle is too large
 TOGETHER = 1 << 22  # pixels of pictures that are entropy coded and measured at once, or one picture
 LARGE = 1 << 22  # pixels above which a picture is analysed in bands
@@ -281,7 +283,7 @@ def search(measure: Callable[[float], tuple[T, float]], target: float, first: fl
     """
     low: tuple[float, float] | None = None  # logarithm of the coarsest step known to be fine enough, and its PSNR
     high: tuple[float, float] | None = None
-    at = math.log10(first)
+    at, least_move = math.log10(first), LEAST_MOVE
     best, reached = measure(first)
     psnr = reached
     for _ in range(TRIALS - 1):
@@ -296,9 +298,10 @@ def search(measure: Callable[[float], tuple[T, float]], target: float, first: fl
             share = (low[1] - target - CLOSE / 2) / max(low[1] - high[1], 1e-6)
             at = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
         else:
-            at += (psnr - target - CLOSE / 2) / SLOPE
-            if (low or high) and abs(psnr - target) < 0.5:
-                at += 0.02 if enough else -0.02  # a little too far, so that there are two sides
+            # At least a little too far, so that there are two sides, and ever farther: where a coarse step keeps nothing, the PSNR does not move.
+            far = abs(psnr - target - CLOSE / 2) / SLOPE
+            at += max(far, least_move) if enough else -max(far, least_move)
+            least_move *= FARTHER
         if at <= math.log10(least):
             if high is not None and high[0] <= math.log10(least):
                 break
@@ -395,32 +398,47 @@ def _residuals(
     target: float | None,
     coarser: float,
 ) -> tuple[list[tuple[Lattice, float, int]], bool]:
-    """Residuals in their order, each against the background and those before it, and whether all objects reach the target."""
+    """Residuals, each against the background and all others, and whether all objects reach the target."""
     if target is None:
         return [], True
     size = (source.shape[1], source.shape[2])
     columns = lattice_of((0, 0, size[1], size[0]), TILE)[1]
     shown = background.image.clone()
-    found, reached = [], True
-    for number, rect in rects:
-        x0, y0, x1, y1 = rect
-        inner = torch.from_numpy(box_mask(picture.stored_boxes[number][None] - [x0, y0, x0, y0], y1 - y0, x1 - x0))
-        wanted, now = source[:, y0:y1, x0:x1], shown[:, y0:y1, x0:x1]
-        if _psnr(now, wanted, inner) >= target:
-            continue
-        padding = (0, -(x1 - x0) % RESIDUAL_TILE, 0, -(y1 - y0) % RESIDUAL_TILE)
-        blocks = blocks_of(F.pad((wanted - now)[None], padding, mode="replicate")[0])
-        values = blocks.flatten(1) @ coder.dictionary.residual_basis.flatten(1).T
-        extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
-        weight = weight_of(rect, FEATHER, size, source.device)
-        measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
-        integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
-        if coarser > 1:
-            integers, classes, step, image = measure(min(step * coarser, MOST_STEP))[0]
-        reached &= _psnr(image, wanted, inner) >= target
-        shown[:, y0:y1, x0:x1] = image
-        found.append((Lattice(integers.long().numpy(), classes.numpy(), rect), step, number))
-    return found, reached
+    found: dict[int, tuple[Lattice, float, Tensor]] = {}  # with what it adds to the picture
+    reached = False
+    for _ in range(1 if coarser > 1 else ROUNDS):
+        for number, rect in rects:
+            x0, y0, x1, y1 = rect
+            inner = _inner(picture, number, rect)
+            wanted, now = source[:, y0:y1, x0:x1], shown[:, y0:y1, x0:x1]
+            if _psnr(now, wanted, inner) >= target:
+                continue
+            if number in found:  # another that lies over it has made it worse
+                now = now - found[number][2]
+            padding = (0, -(x1 - x0) % RESIDUAL_TILE, 0, -(y1 - y0) % RESIDUAL_TILE)
+            blocks = blocks_of(F.pad((wanted - now)[None], padding, mode="replicate")[0])
+            values = blocks.flatten(1) @ coder.dictionary.residual_basis.flatten(1).T
+            extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
+            weight = weight_of(rect, FEATHER, size, source.device)
+            measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
+            integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
+            if coarser > 1:
+                integers, classes, step, image = measure(min(step * coarser, MOST_STEP))[0]
+            found[number] = Lattice(integers.long().numpy(), classes.numpy(), rect), step, image - now
+            shown[:, y0:y1, x0:x1] = image
+        reached = all(
+            _psnr(shown[:, y0:y1, x0:x1], source[:, y0:y1, x0:x1], _inner(picture, number, (x0, y0, x1, y1))) >= target
+            for number, (x0, y0, x1, y1) in rects
+        )
+        if reached:
+            break
+    return [(lattice, step, number) for number, (lattice, step, _) in found.items()], reached
+
+
+def _inner(picture: Picture, number: int, rect: Rect) -> Tensor:
+    """Which pixels of a residual's rectangle are in its object's label box, bool `(y1 - y0, x1 - x0)`."""
+    x0, y0, x1, y1 = rect
+    return torch.from_numpy(box_mask(picture.stored_boxes[number][None] - [x0, y0, x0, y0], y1 - y0, x1 - x0))
 
 
 _Trial = tuple[Tensor, Tensor, float, Tensor]  # integers, classes, step, what the rectangle then shows

@@ -123,6 +123,34 @@ def test_the_objects_reach_their_target(object_target: float) -> None:
         assert bottom >= y1 + FEATHER or bottom == one.pixels.shape[0]
 
 
+def overlapping(seed: int) -> Picture:
+    """Objects that lie over each other, each with a texture of its own."""
+    rng = np.random.default_rng(seed)
+    pixels, boxes = natural(seed % 5, 80, 112).astype(np.int64), []
+    for _ in range(4):
+        x0, y0 = rng.integers(0, 70), rng.integers(0, 50)
+        boxes.append([x0, y0, x0 + rng.integers(8, 42), y0 + rng.integers(8, 30)])
+    for k, (x0, y0, x1, y1) in enumerate(boxes):
+        part = pixels[y0:y1, x0:x1]
+        part += rng.integers(-8 * (k + 1), 8 * (k + 1) + 1, part.shape)
+    return picture(np.clip(pixels, 0, 255).astype(np.uint8), boxes)
+
+
+@pytest.mark.parametrize("seed", [0, 16, 33])  # of the latter two, the last residual spoils another's object by 1 dB
+def test_objects_that_overlap_reach_their_target_together(seed: int) -> None:
+    one = overlapping(seed)
+    data = encode_bytes(one, target_psnr=24.0, object_psnr=33.0)[0]
+    networks = parse(data).networks
+    assert parse(data).family == "tile"
+    assert [network.spec.kind for network in networks] == ["background", *["residual"] * (len(networks) - 1)]
+    numbers = [network.object for network in networks[1:]]
+    assert len(set(numbers)) == len(numbers), "one for an object"
+    pixels = decoded(data)
+    for number in range(4):
+        mask = inside(one, number)
+        assert whole_psnr(pixels[mask], one.pixels[mask]) >= 33.0
+
+
 def test_an_object_that_is_good_enough_has_no_residual() -> None:
     one = picture(natural(3, 64, 64), [[20, 20, 40, 40]])
     assert specs(encode(one, target_psnr=30.0, object_psnr=20.0)) == ["background"]
@@ -205,6 +233,17 @@ def test_the_search_finds_the_coarsest_step_that_is_fine_enough() -> None:
         assert target <= psnr < target + 2 * CLOSE
         assert len(tried) <= encode_tile.TRIALS
         assert 3.99 < min(tried) <= max(tried) < 260.1
+
+
+@pytest.mark.parametrize("flat", [22.0, 12.0, 6.0])
+def test_the_search_crosses_steps_that_change_nothing(flat: float) -> None:
+    """Where all is zero down to some step, the PSNR stands just below the target until then."""
+
+    def measure(step: float) -> tuple[float, float]:
+        return step, 32.65 if step > flat else 33.2 + 20 * np.log10(flat / step)
+
+    step = search(measure, 33.0, 22.0, 1.0, 260.0)
+    assert measure(step)[1] >= 33.0
 
 
 @pytest.mark.parametrize(("psnr", "expected"), [(10.0, 4.0), (90.0, 260.0)])
