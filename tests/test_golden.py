@@ -24,7 +24,7 @@ SIREN = ("be", "bs-label-no-objects", "de", "gray-one-row", "int8-residuals", "q
 JPEG = ("jpeg", "jpeg-gray", "jpeg-progressive")
 TILE = ("tile-1", "tile-2", "tile-one-row")
 BUNDLES = (*SIREN, *TILE, *JPEG)
-DATASETS = ("dataset", "dataset-jpeg")
+DATASETS = ("dataset", "dataset-tile", "dataset-jpeg")
 SHARDS = ("train/train-000000", "train/train-000001", "val/val-000000")
 DATASET = {"train": ["plain", "v1.2/frame 07.left", "ü"], "val": ["a"]}
 
@@ -48,6 +48,10 @@ def shared() -> dict[bytes, Dictionary]:
     return {found.key: found}
 
 
+def bundles_of(split: Path) -> list[bytes]:
+    return [data for tar in sorted(split.glob("*.tar")) for name, data in read_tar(tar) if name.endswith(".rinr")]
+
+
 def test_every_golden_file_is_there_and_no_other() -> None:
     wanted = {
         "make.py",
@@ -58,6 +62,7 @@ def test_every_golden_file_is_there_and_no_other() -> None:
     wanted |= {f"bundles/{name}.rinr" for name in BUNDLES} | {f"pixels/{name}.png" for name in BUNDLES}
     wanted |= {f"pixels/{root}-{split}-{i}.png" for root in DATASETS for split, keys in DATASET.items() for i in range(len(keys))}
     wanted |= {f"{root}/{shard}.{suffix}" for root in DATASETS for shard in SHARDS for suffix in ("tar", "safetensors")}
+    wanted |= {f"dataset-tile/shared/{sha256}.bin" for sha256 in json.loads((GOLDEN / "dataset-tile" / "dataset.json").read_bytes())["shared"]}
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert found == wanted
 
@@ -132,6 +137,8 @@ def test_the_dataset_gives_its_pixels_and_labels(split: str, root: str) -> None:
     boxes = [[6, 8, 21, 20], [15, 12, 38, 33], [0, 28, 9.5, 37]]
     assert first["boxes"].tolist() == boxes[: len(first["boxes"])]
     assert first["classes"].tolist() == [1, 0, 2][: len(first["boxes"])]
+    families = {"dataset": "siren", "dataset-tile": "tile", "dataset-jpeg": "jpeg"}
+    assert {parse(data).family for data in bundles_of(GOLDEN / root / split)} == {families[root]}
     assert len(dataset) == len(DATASET[split]) == len(DataLoader(dataset, size=(32, 32)))
 
 

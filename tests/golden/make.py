@@ -6,6 +6,7 @@ Drawn pictures, really encoded with small networks and a short schedule: what is
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -129,9 +130,7 @@ def tile_bundles() -> dict[str, bytes]:
     shared = {dictionary().sha256: dictionary().data, "analysis": analysis_of(dictionary())}
 
     def encode(picture: Picture, **settings: Any) -> bytes:
-        height, width, _ = picture.pixels.shape
-        softer = np.rint(0.75 * natural(height, height, width) + 0.25 * picture.pixels).astype(np.uint8)  # few channels show no hard edges
-        picture = replace(picture, pixels=softer)
+        picture = replace(picture, pixels=softer(picture.pixels))
         return encode_unit([picture], Settings(family="tile", dictionary=dictionary().sha256, **settings), unit="tile", threads=1, shared=shared)[0]
 
     one = encode(picture(45, 37), target_psnr=27.0, object_psnr=34.0, layers=1)
@@ -158,14 +157,21 @@ def described(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def source() -> Source:
+def softer(pixels: np.ndarray) -> np.ndarray:
+    """A picture that few channels can show: without hard edges."""
+    height, width, _ = pixels.shape
+    return np.rint(0.75 * natural(height, height, width) + 0.25 * pixels).astype(np.uint8)
+
+
+def source(*, soft: bool = False) -> Source:
     def encoded(pixels: np.ndarray) -> bytes:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         return file.getvalue()
 
     def sample(key: str, split: str, width: int, count: int) -> Sample:
-        pixels, boxes = drawn(width, 37), np.minimum(BOXES[:count], [width, 37, width, 37]).astype(np.float32)
+        pixels = softer(drawn(width, 37)) if soft else drawn(width, 37)
+        boxes = np.minimum(BOXES[:count], [width, 37, width, 37]).astype(np.float32)
         extra = {"objects": [{"track": i} for i in range(count)]} if key.startswith("v1.2") else {}
         return Sample(key, split, encoded(pixels), boxes, CLASSES[:count], CROWD[:count], extra=extra)  # type: ignore[arg-type]
 
@@ -174,7 +180,14 @@ def source() -> Source:
 
 
 FAMILIES = {"siren": siren_bundles, "tile": tile_bundles, "jpeg": jpeg_bundles}
-DATASETS = {"siren": ("dataset", Settings("fast", family="siren")), "jpeg": ("dataset-jpeg", Settings(family="jpeg"))}
+FOLDERS = {"siren": "dataset", "tile": "dataset-tile", "jpeg": "dataset-jpeg"}
+
+
+def job(family: str) -> Job:
+    if family != "tile":
+        return Job(Settings("fast", family="siren") if family == "siren" else Settings(family="jpeg"), shard_samples=2)
+    files = {hashlib.sha256(data).hexdigest(): data for data in (dictionary().data, analysis_of(dictionary()))}
+    return Job(Settings(family="tile", dictionary=dictionary().sha256, target_psnr=26.0, object_psnr=33.0), shard_samples=2, shared=files)
 
 
 def main(family: str) -> None:
@@ -189,11 +202,9 @@ def main(family: str) -> None:
         expected[name] = described(parse(data))
     lines = [f"{json.dumps(name)}: {json.dumps(about)}" for name, about in expected.items()]
     described_in.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    if family not in DATASETS:
-        return
-    folder, settings = DATASETS[family]
+    folder = FOLDERS[family]
     shutil.rmtree(GOLDEN / folder, ignore_errors=True)
-    convert(source(), GOLDEN / folder, Job(settings, shard_samples=2))
+    convert(source(soft=family == "tile"), GOLDEN / folder, job(family))
     for split in ("train", "val"):
         for image, target in RinrDataset(GOLDEN / folder, split):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(GOLDEN / "pixels" / f"{folder}-{split}-{target['index']}.png")
