@@ -129,7 +129,6 @@ def ours(name: str, samples: Sequence[Sample], settings: Settings, folder: Path)
         "bytes": dataset.column("size").tolist(),
         "seconds": None if resumed else round(report.seconds, 1),
     }
-    tell(row)
     return row
 
 
@@ -275,9 +274,11 @@ def main() -> None:
         names = {row["name"] for row in found}
         result[place] = [row for row in result[place] if row["name"] not in names] + found
         write_result("quality", result)
-        if name in OPTIONS:
-            for row in found:
+        for row in found:
+            if name in OPTIONS:
                 print(row["name"], {target: row[target] for target in TARGETS}, flush=True)
+            elif "parts" in row:
+                tell(row)
 
 
 if __name__ == "__main__":

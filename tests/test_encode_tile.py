@@ -220,6 +220,19 @@ def test_a_large_picture_is_refined_in_bands(monkeypatch: pytest.MonkeyPatch) ->
 # --- search ---
 
 
+def test_psnr_is_that_of_the_pixels_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, wanted = 160 * torch.rand(3, 30, 20, generator=generator) - 80, 255 * torch.rand(3, 30, 20, generator=generator).round() - 127.5
+    image[:, :3] += 300  # brighter than can be shown
+    mask = torch.rand(30, 20, generator=generator) < 0.3
+    shown, source = ((part + 127.5).clamp(0, 255).round().byte().permute(1, 2, 0).numpy() for part in (image, wanted))
+    for rows in (1, 7, 30):
+        monkeypatch.setattr(encode_tile, "SHOWN", 20 * rows)
+        assert encode_tile._psnr(image, wanted) == pytest.approx(whole_psnr(shown, source))
+        assert encode_tile._psnr(image, wanted, mask) == pytest.approx(whole_psnr(shown[mask], source[mask]))
+    assert encode_tile._psnr(image, wanted, torch.zeros_like(mask)) > 99, "a box without a pixel has nothing wrong"
+
+
 def test_the_search_finds_the_coarsest_step_that_is_fine_enough() -> None:
     for target in (26.0, 27.5, 33.0, 38.0):
         tried: list[float] = []
