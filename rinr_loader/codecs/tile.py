@@ -30,33 +30,20 @@ def synthesise(latents: Tensor, basis: Tensor) -> Tensor:
     Returns:
         Colour around 0, where 1 is 255, `(N, 3, h * t, w * t)`.
     """
-    n, c, h, w = latents.shape
-    side = basis.shape[-1] // 3  # half a tile: tile t adds to the cells 2t, 2t + 1 and 2t + 2 of the canvas
-    cells = latents.permute(0, 2, 3, 1).reshape(n * h * w, c) @ basis.flatten(1)
-    cells = cells.view(n, h, w, 3, 3, side, 3, side)  # n, row, column, colour, cell, y, cell, x
-    cells = _overlap(cells, 2, 6)
-    cells = _overlap(cells, 1, 4)  # n, 2h + 1, 2w + 1, colour, y, x
-    canvas = cells.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, (2 * h + 1) * side, (2 * w + 1) * side)
-    return _fold(_fold(canvas, 2, side // 2), 3, side // 2)
-
-
-def _overlap(cells: Tensor, tiles: int, parts: int) -> Tensor:
-    """Add each tile's three cells along one axis to the canvas: `tiles` and `parts` name the axes, the latter goes."""
-    first, middle, last = cells.unbind(parts)
-    nothing = torch.zeros_like(first.narrow(tiles, 0, 1))
-    even = torch.cat([first, nothing], tiles) + torch.cat([nothing, last], tiles)
-    return torch.cat(
-        [torch.stack([even.narrow(tiles, 0, middle.shape[tiles]), middle], tiles + 1).flatten(tiles, tiles + 1), even.narrow(tiles, -1, 1)], tiles
-    )
+    h, w = latents.shape[2:]
+    size, half = basis.shape[-1], basis.shape[-1] // 3
+    cells = basis.flatten(1).T @ latents.flatten(2)
+    canvas = F.fold(cells, ((2 * h + 1) * half, (2 * w + 1) * half), size, stride=2 * half)
+    return _fold(_fold(canvas, 2, half // 2), 3, half // 2)
 
 
 def _fold(canvas: Tensor, axis: int, reach: int) -> Tensor:
-    """Mirror what reaches over both ends of an axis back inside."""
+    """Mirror what reaches over both ends of an axis back inside, in place; a view of what is inside."""
     size = canvas.shape[axis] - 2 * reach
     inside = canvas.narrow(axis, reach, size)
-    front, back = canvas.narrow(axis, 0, reach).flip(axis), canvas.narrow(axis, reach + size, reach).flip(axis)
-    ends = [front, torch.zeros_like(inside.narrow(axis, 0, size - 2 * reach)), back]
-    return inside + torch.cat(ends, axis)
+    inside.narrow(axis, 0, reach).add_(canvas.narrow(axis, 0, reach).flip(axis))
+    inside.narrow(axis, size - reach, reach).add_(canvas.narrow(axis, reach + size, reach).flip(axis))
+    return inside
 
 
 def smooth(image: Tensor, weights: Mapping[str, Tensor], step: Tensor) -> Tensor:
