@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 IDENTICAL = 99.0  # what a picture without any error counts as
 Pixels = NDArray[np.uint8]
@@ -55,9 +55,19 @@ def jpeg(pixels: Pixels, quality: int, *, full_colour: bool = False) -> bytes:
         quality: 1 to 100.
         full_colour: Store colour at full resolution (4:4:4), and not at half (4:2:0).
     """
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True, subsampling=0 if full_colour or pixels.ndim == 2 else 2)
-    return buffer.getvalue()
+    image, subsampling = Image.fromarray(pixels), 0 if full_colour or pixels.ndim == 2 else 2
+
+    def save() -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True, subsampling=subsampling)
+        return buffer.getvalue()
+
+    try:
+        return save()
+    except OSError:
+        # An optimized JPEG is made in one piece, for which Pillow leaves one or two bytes a pixel: too few for noise in full colour.
+        ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 2 * pixels.size + (1 << 16))
+        return save()
 
 
 def jpeg_bytes(pixels: Pixels, quality: int) -> int:

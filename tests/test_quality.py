@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rinr_loader import quality
-from rinr_loader.quality import box_mask, jpeg_bytes, mean_of, psnr
+from rinr_loader.quality import box_mask, jpeg, jpeg_bytes, mean_of, psnr
 
 
 def flat(value: int, height: int = 4, width: int = 5) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -103,3 +103,15 @@ def test_a_mean_leaves_out_what_was_not_measured() -> None:
     assert mean_of([np.array([30, np.nan], np.float32), np.array([40], np.float32)]) == pytest.approx(35)
     assert mean_of([np.array([np.nan], np.float32)]) is None
     assert mean_of([]) is None
+
+
+@pytest.mark.parametrize("shape", [(64, 80, 3), (64, 80), (1, 1, 3), (3, 700, 3)])
+@pytest.mark.parametrize("quality", [1, 94, 100])
+def test_a_jpeg_of_noise(quality: int, shape: tuple[int, ...]) -> None:
+    """More than Pillow makes room for at first."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    with Image.open(io.BytesIO(jpeg(pixels, quality, full_colour=True))) as image:
+        image.load()
+        assert image.size == shape[1::-1]
+        if quality == 100:
+            assert psnr(np.asarray(image.convert("RGB")), np.broadcast_to(pixels.reshape(*shape[:2], -1), (*shape[:2], 3))) > 40
