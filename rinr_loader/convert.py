@@ -80,7 +80,8 @@ class Report:
         dest: The dataset.
         samples: Samples written, by split.
         problems: What was left out, and why.
-        missed: What was stored below a target that was asked for, or in more bytes.
+        missed: What was stored below its target, or in more bytes than were allowed.
+        fallbacks: What was stored as a JPEG, for `tile` does not reach its targets.
         dropped_boxes: Boxes left out, by reason.
         seconds: Time it took.
         psnr, object_psnr: Mean of each split's samples in dB, None where there is nothing to measure.
@@ -99,6 +100,7 @@ class Report:
     bytes: int
     source_bytes: int
     missed: tuple[Problem, ...] = ()
+    fallbacks: tuple[str, ...] = ()
     shared_bytes: int = 0
 
 
@@ -313,7 +315,8 @@ def _assemble(source: Source, dest: Path, work: Path, job: Job, units: Sequence[
     about = {"format": source.format, "bytes": sum(r.source_bytes for r in reports)}
     codec = {**job.describe(), "job": asked}
     missed = [entry for report in reports for entry in report.missed]
-    write_bytes(dest / REPORT, dump_json({"problems": problems, "missed": missed, "dropped_boxes": dict(dropped)}), work)
+    fallbacks = [subject for report in reports for subject in report.fallbacks]
+    write_bytes(dest / REPORT, dump_json({"problems": problems, "missed": missed, "fallbacks": fallbacks, "dropped_boxes": dict(dropped)}), work)
     write_bytes(dest / "data.yaml", data_yaml(splits, source.names), work)
     described = describe_dataset(splits, names=source.names, codec=codec, source=about, shared=shared)
     write_bytes(dest / DATASET, dump_json(described), work)
@@ -337,6 +340,7 @@ def _report(dest: Path, seconds: float) -> Report:
         bytes=files,
         source_bytes=described["source"]["bytes"],
         missed=tuple(Problem(*entry) for entry in left_out.get("missed", [])),
+        fallbacks=tuple(left_out.get("fallbacks", [])),
         shared_bytes=sum(listed(described).values()),
     )
 

@@ -17,6 +17,7 @@ from rinr_loader.measured import pack_measured
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.quality import Pixels, jpeg, psnr
+from rinr_loader.targets import targets_of
 
 QUALITY = 95  # without a target
 HIGHEST = 100
@@ -40,8 +41,7 @@ def encode_unit(
     """
 
     def encode(picture: Picture) -> bytes:
-        height, width = picture.pixels.shape[:2]
-        bundle = pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, jpeg_of(picture, settings))], "cpu")
+        bundle = jpeg_bundle(picture, jpeg_of(picture, settings))
         if on_background is not None:
             on_background()
         return bundle
@@ -53,21 +53,45 @@ def encode_unit(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def jpeg_bundle(picture: Picture, file: bytes) -> bytes:
+    """A picture as the JPEG that it is stored as."""
+    height, width = picture.pixels.shape[:2]
+    return pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, file)], "cpu")
+
+
 def jpeg_of(picture: Picture, settings: Settings) -> bytes:
     """The JPEG that a picture is stored as."""
-    most = None if settings.max_bytes is None else max(0, settings.max_bytes - overhead(len(picture.boxes)))
-    pixels, mask = picture.pixels, picture.object_mask
-    object_psnr = None if picture.blind or not mask.any() else settings.object_psnr
-    own = own_file(picture)
-    if settings.target_psnr is None and object_psnr is None:
-        chosen = own or _jpeg(pixels, QUALITY)
+    target, object_target = targets_of(picture, settings)
+    most = limit_of(picture, settings.max_bytes)
+    if target is None and object_target is None:
+        chosen: bytes | None = own_file(picture) or _jpeg(picture.pixels, QUALITY)
+        if chosen is not None and most is not None and len(chosen) > most:
+            chosen = None
     else:
-        found = smallest_jpeg(pixels, settings.target_psnr, mask, object_psnr)
-        # The file that the picture was read from is exact: it reaches every target.
-        chosen = min((file for file in (found[0] if found else None, own) if file is not None), key=len, default=b"")
-    if chosen and (most is None or len(chosen) <= most):
-        return chosen
-    return best_jpeg(pixels, most)
+        chosen = reaching_jpeg(picture, target, object_target, settings.max_bytes)
+    return best_jpeg(picture.pixels, most) if chosen is None else chosen
+
+
+def reaching_jpeg(picture: Picture, target: float | None, object_target: float | None, max_bytes: int | None) -> bytes | None:
+    """The smallest JPEG that reaches targets; the file that the picture was read from is exact, and reaches them all.
+
+    Args:
+        picture: What is encoded.
+        target, object_target: PSNR in dB that the picture and its objects shall have, None for any.
+        max_bytes: Of its bundle.
+
+    Returns:
+        The file; None where there is none within the limit.
+    """
+    found = smallest_jpeg(picture.pixels, target, picture.object_mask, object_target)
+    most = limit_of(picture, max_bytes)
+    files = [file for file in (found[0] if found else None, own_file(picture)) if file is not None and (most is None or len(file) <= most)]
+    return min(files, key=len, default=None)
+
+
+def limit_of(picture: Picture, max_bytes: int | None) -> int | None:
+    """Bytes that a picture's JPEG may have in a bundle of at most `max_bytes`."""
+    return None if max_bytes is None else max(0, max_bytes - overhead(len(picture.boxes)))
 
 
 def overhead(objects: int) -> int:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rinr_loader.analysis import Analysis, analysis_among, shipped_analysis
-from rinr_loader.bundle import JpegSpec, Network, TileSpec
+from rinr_loader.bundle import Network, TileSpec, parse
 from rinr_loader.codecs.tile import (
     BAND,
     RESIDUAL_CHANNELS,
@@ -29,20 +29,19 @@ from rinr_loader.codecs.tile import (
     synthesise,
 )
 from rinr_loader.dictionary import Dictionary, load, shipped
-from rinr_loader.encode_jpeg import overhead, smallest_jpeg
+from rinr_loader.encode_jpeg import best_jpeg, jpeg_bundle, limit_of, reaching_jpeg
 from rinr_loader.errors import ConfigError
 from rinr_loader.lanes import Lanes, check_device, running
 from rinr_loader.latents import RESIDUAL_STRENGTH, STRENGTH, Costs, costs_of, differences, improve, psnr_of, quantise, recode
-from rinr_loader.measured import pack_all, pack_measured
+from rinr_loader.measured import pack_all
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.quality import box_mask
 from rinr_loader.residuals import FEATHER, place_residuals
 from rinr_loader.stream import NONE, Lattice, Rect, context_below, write_streams
+from rinr_loader.targets import targets_of
 from rinr_loader.tiles import weight_of
 
-# PSNR in dB where no target is given: modest where residuals give the objects their quality, and higher where nothing else will.
-TARGET_WITH_RESIDUALS, TARGET_ALONE, OBJECT_TARGET = 27.0, 32.0, 35.0
 LEAST_STEP, MOST_STEP, FIRST_STEP = 4.0, 260.0, 100.0  # grey levels: far outside of what was trained, colours turn blotchy
 LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
 ROUNDS = 3  # of residuals, until none that overlap spoil another's object
@@ -180,45 +179,49 @@ def _coder(dictionary: Dictionary, analysis: Analysis) -> Coder:
 def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch.Generator) -> bytes | Latents:
     """What reaches the targets with the fewest bytes; where nothing does within `max_bytes`, a JPEG that does, or else the best there is."""
     source = torch.from_numpy(picture.pixels).permute(2, 0, 1).float() - 127.5
-    has_residuals = settings.has_residuals and not picture.blind and bool((~picture.crowd).any())
-    target = settings.target_psnr
-    if target is None:
-        target = TARGET_WITH_RESIDUALS if has_residuals else TARGET_ALONE
-    object_target = (OBJECT_TARGET if settings.object_psnr is None else settings.object_psnr) if has_residuals else None
+    target, object_target = cast(tuple[float, float | None], targets_of(picture, settings))  # this family always has a target
     latents = analyse(coder.analysis, source)
     background = _search(coder, latents, source, target, settings)
-    rects = [(placed.object, placed.rect) for placed in place_residuals(picture, generator)] if has_residuals else []
+    rects = [(placed.object, placed.rect) for placed in place_residuals(picture, generator)] if object_target is not None else []
+    residuals, reached = _residuals(coder, picture, source, background, rects, object_target, 1.0)
+    reached &= background.psnr >= target
+    finest, most = Latents(background, residuals), settings.max_bytes
 
     def bundle(latents: Latents) -> bytes:
         return _pack(coder, [picture], settings, [latents])[0]
 
-    residuals, reached = _residuals(coder, picture, source, background, rects, object_target, 1.0)
-    found_latents = Latents(background, residuals)
-    reached &= background.psnr >= target
-    data = b"" if settings.max_bytes is None else bundle(found_latents)
-    if reached and (settings.max_bytes is None or len(data) <= settings.max_bytes):
-        return data or found_latents
-    mask = picture.object_mask
-    found = smallest_jpeg(picture.pixels, target, mask if object_target is not None else None, object_target)
-    if found is not None and (settings.max_bytes is None or len(found[0]) + overhead(len(picture.boxes)) <= settings.max_bytes):
-        height, width = picture.pixels.shape[:2]
-        return pack_measured(picture, [Network(JpegSpec(), (0, 0, width, height), 1.0, found[0])], "cpu")
-    if settings.max_bytes is None or len(data) <= settings.max_bytes:
-        return data or found_latents
+    def coarser() -> bytes:
+        """The finest of coarser steps that fit, by bisection; where not even the coarsest do, the background alone."""
+        low, high = 1, math.ceil(math.log(MOST_STEP / LEAST_RESIDUAL_STEP, COARSER)) + 1
+        fitting: bytes | None = None
+        while low < high:
+            middle = (low + high) // 2
+            factor = COARSER**middle
+            coarse = _trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings)
+            data = bundle(Latents(coarse, _residuals(coder, picture, source, coarse, rects, object_target, factor)[0]))
+            if most is None or len(data) <= most:
+                fitting, high = data, middle
+            else:
+                low = middle + 1
+        return fitting or bundle(Latents(_trial(coder, latents, source, MOST_STEP, settings), []))
 
-    # The finest of coarser steps that fit, by bisection; where not even the coarsest do, the background alone.
-    low, high = 1, math.ceil(math.log(MOST_STEP / LEAST_RESIDUAL_STEP, COARSER)) + 1
-    fitting: bytes | None = None
-    while low < high:
-        middle = (low + high) // 2
-        factor = COARSER**middle
-        coarse = _trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings)
-        data = bundle(Latents(coarse, _residuals(coder, picture, source, coarse, rects, object_target, factor)[0]))
-        if len(data) <= settings.max_bytes:
-            fitting, high = data, middle
-        else:
-            low = middle + 1
-    return fitting or bundle(Latents(_trial(coder, latents, source, MOST_STEP, settings), []))
+    def falls_short(data: bytes) -> tuple[int, float]:
+        """By how much a bundle misses what was asked for: its bytes first, then the targets."""
+        found = parse(data)
+        pairs = ((target, found.psnr), (object_target, found.object_psnr))
+        missing = sum(max(0.0, wanted - seen) for wanted, seen in pairs if wanted is not None and seen is not None)
+        return 0 if most is None else max(0, len(data) - most), missing
+
+    if reached and most is None:
+        return finest
+    data = bundle(finest)
+    fits = most is None or len(data) <= most
+    if reached and fits:
+        return data
+    file = reaching_jpeg(picture, target, object_target, most)
+    if file is not None:
+        return jpeg_bundle(picture, file)
+    return min(data if fits else coarser(), jpeg_bundle(picture, best_jpeg(picture.pixels, limit_of(picture, most))), key=falls_short)
 
 
 def _pack(coder: Coder, pictures: Sequence[Picture], settings: Settings, latents: Sequence[Latents]) -> list[bytes]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rinr_loader.bundle import SHARED_AT
 from rinr_loader.dataset import DATASET, load_metadata
-from rinr_loader.errors import ConfigError
+from rinr_loader.dictionary import HASH_BYTES, shipped
+from rinr_loader.errors import ConfigError, ShardError
 from rinr_loader.index import ShardIndex, index_shard
-from rinr_loader.shared import find_shared
+from rinr_loader.shared import FOLDER, SUFFIX, find_shared, listed
 from rinr_loader.source import SPLITS
 from rinr_loader.writer import data_yaml, describe_dataset, describe_shard, dump_json, write_bytes, write_index
 
@@ -43,8 +46,9 @@ def reindex(path: str | Path) -> Reindexed:
     if not shards:
         raise ConfigError(f"{root}: expected shards, got none; fetch or convert the dataset again")
     shared = find_shared(root)
+    before = listed(metadata)
     for _, shard in shards:
-        index_shard(shard)
+        _check_named(shard, index_shard(shard), shared, before)
     for split in SPLITS:
         for beside in (root / split).glob("*.safetensors"):
             if not beside.with_suffix(".tar").exists():
@@ -53,9 +57,9 @@ def reindex(path: str | Path) -> Reindexed:
     changed = []
     for split, shard in shards:
         beside = shard.with_suffix(".safetensors")
-        before = beside.read_bytes() if beside.is_file() else None
+        old = beside.read_bytes() if beside.is_file() else None
         index = write_index(shard)
-        if beside.read_bytes() != before:
+        if beside.read_bytes() != old:
             changed.append(beside.relative_to(root).as_posix())
         splits.setdefault(split, []).append((describe_shard(root, shard, index), index))
     write_bytes(root / "data.yaml", data_yaml(splits, metadata["names"]))
@@ -63,3 +67,21 @@ def reindex(path: str | Path) -> Reindexed:
     described = describe_dataset(splits, names=metadata["names"], codec=codec, source=source, shared=shared)
     write_bytes(root / DATASET, dump_json(described))
     return Reindexed(len(shards), sum(len(index) for rows in splits.values() for _, index in rows), tuple(changed))
+
+
+def _check_named(shard: Path, index: ShardIndex, shared: Iterable[str], before: Iterable[str]) -> None:
+    """Check that the shared parameters are there which bundles name: without them, what `dataset.json` knows of them must not be lost.
+
+    Raises:
+        ShardError: Some are neither in the dataset nor in the package.
+    """
+    with shard.open("rb") as file:
+        keys = set()
+        for offset in index.offset.tolist():
+            file.seek(offset + SHARED_AT)
+            keys.add(file.read(HASH_BYTES))
+    for key in sorted(keys):
+        name = key.hex()
+        if any(key) and not any(sha256.startswith(name) for sha256 in (*shared, shipped().sha256)):
+            known = next((sha256 for sha256 in before if sha256.startswith(name)), f"{name}*")
+            raise ShardError(f"{shard}: expected the shared parameters that its bundles name, got no {FOLDER}/{known}{SUFFIX}; fetch that file again")

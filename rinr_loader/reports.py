@@ -33,6 +33,9 @@ def convert_report(report: Report, *, as_json: bool) -> None:
     if report.missed:
         warn(f"{len(report.missed)} target(s) missed, all of them in {report.dest / REPORT}:")
         _tell_first(report.missed)
+    if report.fallbacks:
+        first = ", ".join(report.fallbacks[:TOLD]) + (", ..." if len(report.fallbacks) > TOLD else "")
+        warn(f"{len(report.fallbacks)} picture(s) stored as JPEGs, for tile does not reach what was asked for: {first}")
     if as_json:
         result_json(asdict(report))
         return

@@ -23,6 +23,7 @@ from rinr_loader.index import SUFFIX, encode_key
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.source import SPLITS, Problem, Sample, Source
+from rinr_loader.targets import targets_of
 from rinr_loader.writer import dump_json, member, write_bytes, write_tar
 
 UNIT = 64  # samples that are fitted together
@@ -86,6 +87,7 @@ class UnitReport:
     psnr: list[float]
     object_psnr: list[float]
     missed: list[list[str]] = field(default_factory=list)  # what was stored below its target
+    fallbacks: list[str] = field(default_factory=list)  # what was stored as a JPEG, for its family does not reach its targets
 
 
 def plan_units(samples: Sequence[Sample], shard_samples: int) -> list[Unit]:
@@ -216,18 +218,20 @@ def encode_samples(
         psnr=[b.psnr for b in parsed if b.psnr is not None],
         object_psnr=[b.object_psnr for b in parsed if b.object_psnr is not None],
         missed=missed,
+        fallbacks=[subject for subject, b in zip(subjects, parsed, strict=True) if b.family != job.settings.family],
     )
     return report, members
 
 
 def _missed(picture: Picture, bundle: Bundle, size: int, settings: Settings) -> list[str]:
-    """Which of the targets that were asked for a picture has missed."""
+    """Which of its targets a picture has missed."""
     reasons = []
-    if settings.target_psnr is not None and bundle.psnr is not None and bundle.psnr < settings.target_psnr - MISSED:
-        reasons.append(f"stored at {bundle.psnr:.1f} dB, below the target of {settings.target_psnr:g} dB")
-    wanted, found = None if picture.blind else settings.object_psnr, bundle.object_psnr
-    if wanted is not None and found is not None and found < wanted - MISSED:
-        reasons.append(f"its objects stored at {found:.1f} dB, below the target of {wanted:g} dB")
+    target, object_target = targets_of(picture, settings)
+    if target is not None and bundle.psnr is not None and bundle.psnr < target - MISSED:
+        reasons.append(f"stored at {bundle.psnr:.1f} dB, below the target of {target:g} dB")
+    found = bundle.object_psnr
+    if object_target is not None and found is not None and found < object_target - MISSED:
+        reasons.append(f"its objects stored at {found:.1f} dB, below the target of {object_target:g} dB")
     if settings.max_bytes is not None and size > settings.max_bytes:
         reasons.append(f"stored in {size} bytes, above the limit of {settings.max_bytes}")
     return reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import draw_scene
 from conftest import psnr as whole_psnr
 from dictionaries import natural, tiny_analysis, tiny_dictionary, tiny_shared
 from numpy.typing import NDArray
+from PIL import Image
 
 from rinr_loader import encode_tile
 from rinr_loader.analysis import dump_analysis, load_analysis
@@ -21,11 +23,12 @@ from rinr_loader.codecs import tile
 from rinr_loader.decode import decode_batch
 from rinr_loader.dictionary import shipped
 from rinr_loader.encode import encode_unit
-from rinr_loader.encode_tile import CLOSE, MOST_STEP, TARGET_ALONE, TARGET_WITH_RESIDUALS, analyse, search
+from rinr_loader.encode_tile import CLOSE, MOST_STEP, analyse, search
 from rinr_loader.errors import ConfigError
 from rinr_loader.picture import Picture
 from rinr_loader.presets import Settings
 from rinr_loader.residuals import FEATHER
+from rinr_loader.targets import OBJECT_TARGET, TARGET_ALONE, TARGET_WITH_RESIDUALS
 
 CHANNELS = 96
 TINY = tiny_dictionary(CHANNELS)
@@ -159,7 +162,7 @@ def test_an_object_that_is_good_enough_has_no_residual() -> None:
 def test_without_a_target_there_is_a_sensible_one() -> None:
     with_objects, without = encode(busy()), encode(busy(boxes=False))
     assert (with_objects.psnr or 0) >= TARGET_WITH_RESIDUALS
-    assert (with_objects.object_psnr or 0) >= encode_tile.OBJECT_TARGET - 0.01
+    assert (with_objects.object_psnr or 0) >= OBJECT_TARGET - 0.01
     assert TARGET_ALONE <= (without.psnr or 0) < TARGET_ALONE + 0.5
 
 
@@ -375,8 +378,9 @@ def test_a_large_picture_is_analysed_in_bands(monkeypatch: pytest.MonkeyPatch) -
 # --- limits ---
 
 
-def test_max_bytes_is_kept_by_coarser_steps() -> None:
+def test_max_bytes_is_kept_by_coarser_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     one = busy()
+    monkeypatch.setattr(encode_tile, "best_jpeg", lambda pixels, most: jpeg_file(np.zeros_like(pixels), 1)[0])  # never the better choice
     free = encode_bytes(one, target_psnr=28.0, object_psnr=34.0)[0]
     for most in (len(free) // 2, len(free) // 3):
         data = encode_bytes(one, target_psnr=28.0, object_psnr=34.0, max_bytes=most)[0]
@@ -403,14 +407,56 @@ def test_a_target_out_of_reach_of_tiles_is_a_jpeg() -> None:
     assert whole_psnr(decoded(data), noise) >= 30.0
     assert parsed.shared == bytes(8)
     small = encode_bytes(picture(noise), target_psnr=30.0, max_bytes=len(data) - 1)[0]
-    assert parse(small).family == "tile"
+    assert len(small) < len(data)
+    assert 20 < (parse(small).psnr or 0) < 30, "the best there is within the limit"
+
+
+def jpeg_file(pixels: NDArray[np.uint8], quality: int) -> tuple[bytes, NDArray[np.uint8]]:
+    """A JPEG, and what it shows."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return file.getvalue(), np.array(Image.open(file).convert("RGB"))
+
+
+@pytest.mark.parametrize("target", [45.0, 60.0, 80.0])
+def test_where_tiles_do_not_reach_the_target_the_file_itself_may_be_the_smallest_that_does(target: float) -> None:
+    file, pixels = jpeg_file(np.random.default_rng(0).integers(60, 190, (48, 64, 3), np.uint8), 70)
+    parsed = parse(encode_bytes(picture(pixels, original=file), target_psnr=target)[0])
+    assert parsed.networks[0].weights == file
+    assert parsed.psnr == pytest.approx(99.0)
 
 
 def test_a_target_that_nothing_reaches_gives_the_best_there_is() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    parsed = encode(picture(noise), target_psnr=80.0)
-    assert parsed.family in ("tile", "jpeg")
-    assert (parsed.psnr or 0) < 80
+    noise = picture(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8), [[8, 8, 24, 24]])
+    data = encode_bytes(noise, target_psnr=80.0, object_psnr=80.0)[0]
+    best = encode_unit([noise], Settings(family="jpeg", target_psnr=80.0), unit="u", threads=1)[0]
+    assert data == best, "tiles show white noise far worse than a JPEG of the highest quality"
+    assert 40 < (parse(data).psnr or 0) < 80
+    most = len(best) // 4
+    limited = encode_bytes(noise, target_psnr=40.0, max_bytes=most)[0]
+    other = encode_unit([noise], Settings(family="jpeg", target_psnr=40.0, max_bytes=most), unit="u", threads=1)[0]
+    tiles = encode_bytes(noise, target_psnr=10.0, object_psnr=5.0, max_bytes=most)[0]
+    assert len(limited) <= most
+    assert parse(tiles).family == "tile"
+    assert (parse(limited).psnr or 0) >= max(parse(other).psnr or 0, parse(tiles).psnr or 0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.4, 0.3])
+def test_within_a_limit_what_is_nearest_to_the_targets_is_stored(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, targets = busy(), {"target_psnr": 27.0, "object_psnr": 33.0}
+    most = int(share * len(encode_bytes(one, **targets)[0]))
+
+    def short(data: bytes) -> float:
+        found = parse(data)
+        assert len(data) <= most
+        return max(0.0, 27.0 - (found.psnr or 0)) + max(0.0, 33.0 - (found.object_psnr or 0))
+
+    chosen = encode_bytes(one, **targets, max_bytes=most)[0]
+    jpeg = encode_unit([one], Settings(family="jpeg", target_psnr=99.0, max_bytes=most), unit="unit", threads=1)[0]
+    monkeypatch.setattr(encode_tile, "best_jpeg", lambda pixels, most: jpeg_file(np.zeros_like(pixels), 1)[0])
+    tiles = encode_bytes(one, **targets, max_bytes=most)[0]
+    assert (parse(jpeg).family, parse(tiles).family) == ("jpeg", "tile")
+    assert short(chosen) == min(short(jpeg), short(tiles))
 
 
 def test_steps_stay_within_what_was_trained() -> None:
@@ -505,6 +551,6 @@ def test_the_shipped_dictionary_shows_a_drawn_scene() -> None:
     parsed = parse(data)
     assert parsed.shared == shipped().key
     assert (parsed.psnr or 0) >= TARGET_WITH_RESIDUALS
-    assert (parsed.object_psnr or 0) >= encode_tile.OBJECT_TARGET - 0.1
+    assert (parsed.object_psnr or 0) >= OBJECT_TARGET - 0.1
     found = decode_batch([data])[0].permute(1, 2, 0).numpy()
     assert whole_psnr(found, scene.image) == pytest.approx(parsed.psnr, abs=0.006)

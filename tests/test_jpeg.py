@@ -611,6 +611,19 @@ def test_when_a_target_counts_as_missed(changes: dict[str, float], size: int, bl
     assert len(units._missed(of, bundle, size, replace(JPEG, **changes))) == missed  # type: ignore[arg-type]
 
 
+def test_pictures_that_tiles_cannot_show_are_told(tmp_path: Path) -> None:
+    noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)), format="PNG")
+    samples = [sample("fine", encoded(Image.new("RGB", SIZE[::-1], (90, 120, 60)), format="PNG")), sample("noise", noise)]
+    report = convert(Source("drawn", samples, ("a",)), tmp_path / "free", Job(Settings(family="tile")))
+    assert (report.fallbacks, report.missed) == (("train/noise",), ())
+    assert json.loads((tmp_path / "free/report.json").read_bytes())["fallbacks"] == ["train/noise"]
+    assert convert(Source("drawn", samples, ("a",)), tmp_path / "free", Job(Settings(family="tile"))).fallbacks == report.fallbacks
+    limited = convert(Source("drawn", samples, ("a",)), tmp_path / "limited", Job(Settings(family="tile", max_bytes=1500)))
+    ((subject, reason),) = [(p.subject, p.reason) for p in limited.missed]
+    assert subject == "train/noise"
+    assert reason.endswith(" dB, below the target of 32 dB"), "the family's own target, where none was given"
+
+
 def write_dataset(dest: Path, *bundles: bytes) -> Path:
     """A dataset of bundles, one shard."""
     shard = dest / "train/train-000000.tar"
@@ -713,3 +726,12 @@ def test_missed_targets_are_warned_of(tmp_path: Path, write_yolo: Callable[..., 
     assert f"warning: 13 target(s) missed, all of them in {tmp_path / 'd' / 'report.json'}:" in result.stderr
     assert "train/0000.png: stored in " in result.stderr
     assert "  and 3 more" in result.stderr
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for i in range(12):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*SIZE, 3), np.uint8)).save(noise / f"{i:02}.png")
+    told = rinr("convert", noise, tmp_path / "n", "--device", "cpu")
+    done(told)
+    wanted = "warning: 12 picture(s) stored as JPEGs, for tile does not reach what was asked for: train/00.png, train/01.png"
+    assert wanted in " ".join(told.stderr.split())
+    assert "train/09.png, ..." in " ".join(told.stderr.split())

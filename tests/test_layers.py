@@ -57,7 +57,8 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "residuals": {"lanes", "picture", "presets", "view"},
     "measured": {"decode", "picture"},  # a picture is judged by the decoder itself
     "encode_siren": {"measured", "residuals"},
-    "encode_jpeg": {"measured", "presets"},
+    "targets": {"picture", "presets"},
+    "encode_jpeg": {"measured", "targets"},
     "latents": {"dictionary"},
     "encode_tile": {"analysis", "encode_jpeg", "latents", "residuals"},
     "encode": {"encode_siren", "encode_tile"},
@@ -68,7 +69,7 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "loader": {"dataset"},
     # jobs
     "annotations": {"errors", "source"},
-    "units": {"annotations", "encode", "image", "writer"},
+    "units": {"annotations", "encode", "image", "targets", "writer"},
     # dictionaries from pictures
     "priors": {"dictionary"},
     "train_state": {"writer"},

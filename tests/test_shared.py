@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from jpegs import jpeg_file, textured
 from small_datasets import edit, tree_hash
 
@@ -187,6 +188,23 @@ def test_reindex_lists_what_is_there(tmp_path: Path) -> None:
         reindex(dest)
     (dest / "shared/notes.txt").unlink()
     assert tree_hash(dest) == before
+
+
+def test_reindex_does_not_forget_what_bundles_name(tmp_path: Path) -> None:
+    dest = tmp_path / "d"
+    shutil.copytree(REPOSITORY / "tests/golden/dataset-tile", dest)
+    (dictionary,) = [name for name in listed(dest) if name == json.loads((dest / "dataset.json").read_bytes())["codec"]["dictionary"]]
+    (dest / "shared" / f"{dictionary}.bin").rename(tmp_path / "away")
+    (dest / "train/train-000001.safetensors").unlink()
+    before = tree_hash(dest)
+    with pytest.raises(
+        ShardError, match=rf"expected the shared parameters that its bundles name, got no shared/{dictionary}\.bin; fetch that file again"
+    ):
+        reindex(dest)
+    assert tree_hash(dest) == before, "nothing is written"
+    (tmp_path / "away").rename(dest / "shared" / f"{dictionary}.bin")
+    assert reindex(dest).changed == ("train/train-000001.safetensors",)
+    assert dictionary in listed(dest)
 
 
 @pytest.mark.parametrize("hostile", [["x"], {"../../etc": 1}, {"a" * 64: "1"}, {"a" * 64: True}, {"A" * 64: 1}, {"a" * 65: 1}, "abc", 3, None])
