@@ -26,6 +26,7 @@ from torch import Tensor
 from rinr_loader import Batch, ConfigError, Targets
 from rinr_loader.boxes import place_objects
 from rinr_loader.decode import decode, whole
+from rinr_loader.dictionary import Dictionary
 from rinr_loader.reader import buffer_of
 
 __all__ = ["Decoded", "rinr_collation", "rinr_decoder"]
@@ -55,23 +56,26 @@ class Decoded:
     label: int
 
 
-def rinr_decoder(*, size: Size | None = None, device: torch.device | str = "cpu", antialias: bool = True) -> Callable[[str, bytes], Decoded | None]:
+def rinr_decoder(
+    *, size: Size | None = None, device: torch.device | str = "cpu", antialias: bool = True, shared: Mapping[bytes, Dictionary] | None = None
+) -> Callable[[str, bytes], Decoded | None]:
     """Make a handler for `WebDataset.decode` that turns each `.rinr` member into a `Decoded`.
 
     Args:
         size: Height and width of the images, in pixels; None gives each at its stored size.
         device: Where images are decoded and returned.
         antialias: Filter where an image gets smaller than stored.
+        shared: Shared parameters that do not come with the package, as `rinr_loader.open_shared("DEST/shared/NAME.bin")` gives them.
 
     Returns:
         A function of a member's suffix and bytes, as webdataset calls it; None for every suffix but `.rinr`. It can be pickled. A damaged member
         is a `BundleError`, which webdataset raises as the cause of its `DecodingError`.
     """
-    return partial(_handle, size=size, device=torch.device(device), antialias=antialias)
+    return partial(_handle, size=size, device=torch.device(device), antialias=antialias, shared=shared)
 
 
 def rinr_collation(
-    *, size: Size | None = None, device: torch.device | str = "cpu", antialias: bool = True
+    *, size: Size | None = None, device: torch.device | str = "cpu", antialias: bool = True, shared: Mapping[bytes, Dictionary] | None = None
 ) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
     """Make a function for `WebDataset.batched(n, collation_fn=...)` that decodes the `.rinr` members of a batch together.
 
@@ -79,34 +83,43 @@ def rinr_collation(
         size: Height and width of the images, in pixels; None takes the stored size, which must then be the same for the whole batch.
         device: Where images are decoded and returned.
         antialias: Filter where an image gets smaller than stored.
+        shared: Shared parameters that do not come with the package, as `rinr_loader.open_shared("DEST/shared/NAME.bin")` gives them.
 
     Returns:
         A function of a list of samples, as webdataset calls it. It gives the batch of `rinr_loader.DataLoader`: images uint8 `(N, 3, H, W)` and
         `Targets`, with the keys of the source. It can be pickled, and raises `BundleError` with the key of a damaged member.
     """
-    return partial(_collate, size=size, device=torch.device(device), antialias=antialias)
+    return partial(_collate, size=size, device=torch.device(device), antialias=antialias, shared=shared)
 
 
-def _handle(suffix: str, data: bytes, *, size: Size | None, device: torch.device, antialias: bool) -> Decoded | None:
+def _handle(suffix: str, data: bytes, **options: Any) -> Decoded | None:
     if suffix.rpartition(".")[2] != "rinr":
         return None
-    batch = _decode([data], None, size=size, device=device, antialias=antialias)
+    batch = _decode([data], None, **options)
     found = batch.targets
     return Decoded(batch.images[0], found.boxes, found.classes, found.crowd, int(found.labels[0]))
 
 
-def _collate(samples: Sequence[Mapping[str, Any]], *, size: Size | None, device: torch.device, antialias: bool) -> Batch:
+def _collate(samples: Sequence[Mapping[str, Any]], **options: Any) -> Batch:
     for sample in samples:
         if not isinstance(sample.get("rinr"), bytes):
             found = type(sample["rinr"]).__name__ if "rinr" in sample else ", ".join(name for name in sample if not name.startswith("__"))
             advice = "read rinr shards, and use batched() without decode()"
             raise ConfigError(f"{sample['__key__']}: expected the bytes of a .rinr member, got {found or 'nothing'}; {advice}")
     keys = [str(sample["__key__"]) for sample in samples]
-    return _decode([sample["rinr"] for sample in samples], keys, size=size, device=device, antialias=antialias)
+    return _decode([sample["rinr"] for sample in samples], keys, **options)
 
 
-def _decode(bundles: Sequence[bytes], keys: Sequence[str] | None, *, size: Size | None, device: torch.device, antialias: bool) -> Batch:
-    buffer = buffer_of(bundles, keys).to(device)
+def _decode(
+    bundles: Sequence[bytes],
+    keys: Sequence[str] | None,
+    *,
+    size: Size | None,
+    device: torch.device,
+    antialias: bool,
+    shared: Mapping[bytes, Dictionary] | None,
+) -> Batch:
+    buffer = buffer_of(bundles, keys, shared).to(device)
     if size is None:
         sizes = {(height, width) for height, width in buffer.stored_size.tolist()}
         if len(sizes) != 1:

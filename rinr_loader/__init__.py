@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rinr_loader.loader import Batch, DataLoader, Targets
     from rinr_loader.presets import Settings
     from rinr_loader.reader import ShardBuffer
+    from rinr_loader.shared import open_shared
     from rinr_loader.source import Sample, Source
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _HOME = {
     "StorageError": "errors",
     "Targets": "loader",
     "decode_batch": "decode",
+    "open_shared": "shared",
     "pack": "bundle",
     "parse": "bundle",
 }
@@ -64,6 +66,7 @@ __all__ = [
     "StorageError",
     "Targets",
     "decode_batch",
+    "open_shared",
     "pack",
     "parse",
 ]

@@ -253,5 +253,5 @@ def find(key: bytes, name: str) -> Dictionary:
             return shipped(path.stem)
     raise BundleError(
         f"{name}: expected the shared parameters {key.hex()}..., which its dataset keeps as shared/{key.hex()}*.bin, got none; "
-        f"open the dataset itself, or pass shared={{...}}"
+        f"open the dataset itself, or pass shared=rinr_loader.open_shared(FILE)"
     )

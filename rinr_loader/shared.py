@@ -9,7 +9,7 @@ from typing import Any
 
 from rinr_loader.analysis import is_analysis
 from rinr_loader.dictionary import HASH_BYTES, Dictionary, load
-from rinr_loader.errors import ShardError
+from rinr_loader.errors import ConfigError, ShardError
 from rinr_loader.writer import hash_file, make_folder, write_bytes
 
 FOLDER, SUFFIX = "shared", ".bin"
@@ -98,6 +98,34 @@ def load_shared(root: Path, metadata: Mapping[str, Any]) -> dict[bytes, Dictiona
         data = _read(path_of(root, sha256), sha256)
         if not is_analysis(data):
             found[bytes.fromhex(sha256)[:HASH_BYTES]] = load(data, f"{FOLDER}/{sha256}{SUFFIX}")
+    return found
+
+
+def open_shared(*files: str | Path) -> dict[bytes, Dictionary]:
+    """Read files of shared parameters for what is decoded without its dataset: `decode_batch`, or shards read with webdataset.
+
+    Args:
+        files: `DEST/shared/*.bin`, any of them; an analysis among them is left out.
+
+    Returns:
+        What `shared=` takes: shared parameters by the hash that bundles name them by.
+
+    Raises:
+        ConfigError: A file cannot be read, is damaged, or is of another version.
+
+    Example:
+        >>> open_shared()
+        {}
+    """
+    found = {}
+    for file in map(Path, files):
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{file}: expected a file of shared parameters, got {error.strerror or error}; pass DEST/shared/*.bin") from None
+        if not is_analysis(data):
+            dictionary = load(data, str(file))
+            found[dictionary.key] = dictionary
     return found
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, needs
+from conftest import REPOSITORY, assert_close, needs
 from tiny_shards import KEYS, members, write_named
 
 needs("webdataset")
 
 import webdataset
 
-from rinr_loader import BundleError, ConfigError, RinrDataset, decode_batch
+from rinr_loader import BundleError, ConfigError, RinrDataset, decode_batch, open_shared
 from rinr_loader.index import decode_key
 from rinr_loader.integrations.webdataset import Decoded, rinr_collation, rinr_decoder
 
@@ -124,3 +124,37 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules, "rinr_loader.integrations.webdataset")
     with pytest.raises(ImportError, match=r"pip install 'rinr-loader\[webdataset\]'"):
         importlib.import_module("rinr_loader.integrations.webdataset")
+
+
+def test_shards_whose_dictionary_does_not_come_with_the_package() -> None:
+    dest = REPOSITORY / "tests/golden/dataset-tile"
+    shards = [str(path) for path in sorted((dest / "train").glob("*.tar"))]
+    keys = RinrDataset(dest).keys
+    expected = {key: image for key, (image, _) in zip(keys, RinrDataset(dest), strict=True)}
+    shared = open_shared(*(dest / "shared").glob("*.bin"))
+    assert list(shared) == list(RinrDataset(dest).shared), "without the analysis, which lies beside it"
+
+    def dataset() -> webdataset.WebDataset:
+        return webdataset.WebDataset(shards, shardshuffle=False)
+
+    decoder, collation = pickle.loads(pickle.dumps((rinr_decoder(shared=shared), rinr_collation(size=(37, 45), shared=shared))))  # noqa: S301
+    for sample in dataset().decode(decoder):
+        assert_close(sample["rinr"].image, expected[decode_key(sample["__key__"])], "pixels")
+    ((images, targets),) = dataset().batched(3, collation_fn=collation)
+    assert_close(images[0], expected[targets.keys[0]], "pixels")
+    advice = r"expected the shared parameters [0-9a-f]{16}\.\.\., .* pass shared=rinr_loader.open_shared\(FILE\)"
+    samples: list[dict[str, Any]] = list(dataset())
+    with pytest.raises(BundleError, match=advice):
+        rinr_collation(size=(8, 8))(samples)
+    bundle = samples[0]["rinr"]
+    with pytest.raises(BundleError, match=advice):
+        decode_batch([bundle])
+    assert_close(decode_batch([bundle], shared=shared)[0], images[0], "pixels")
+
+
+def test_files_that_are_no_shared_parameters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.bin: expected a file of shared parameters, got No such file or directory; pass DEST/shared"):
+        open_shared(tmp_path / "none.bin")
+    (tmp_path / "text.bin").write_text("text")
+    with pytest.raises(ConfigError, match=r"text\.bin: expected a dictionary, got"):
+        open_shared(tmp_path / "text.bin")
