@@ -97,9 +97,9 @@ def _fit_background(
             symbols = symbols_of(integers)
             classes = torch.stack(model.prior.classes(symbols), 1)
             observed.append(Observed(symbols, classes, z.shape[3], torch.full((len(symbols),), CONTEXTS - 1)))
-    tables = fit_tables(observed, settings.groups, settings.classes, "background", 0)
+    tables = fit_tables(observed, settings.groups, settings.classes, "background")
     for iteration in range(ITERATIONS):
-        costs = costs_from(tables, "background", 0)
+        costs = costs_from(tables, "background")
         observed, decoded = [], []
         for crop, z in zip(crops, latents, strict=True):
             for step in STEPS:
@@ -109,8 +109,8 @@ def _fit_background(
                 observed.append(Observed(differences(integers, z.shape[3], PREDICTED), classes, z.shape[3], none))
                 if iteration == ITERATIONS - 1:
                     decoded.append((crop, integers.T.unflatten(1, z.shape[2:])[None] * step, torch.tensor([step]), classes, z.shape[3]))
-        tables = fit_tables(observed, settings.groups, settings.classes, "background", 0)
-    costs = costs_from(tables, "background", 0)
+        tables = fit_tables(observed, settings.groups, settings.classes, "background")
+    costs = costs_from(tables, "background")
     basis, weights = (
         torch.from_numpy(columns["basis"]).float(),
         {name: torch.from_numpy(value).float() for name, value in columns.items() if "filter" in name},
@@ -146,15 +146,15 @@ def _fit_residual(
         for step in RESIDUAL_STEPS:
             symbols = (blocks @ basis.T / step).round()
             observed.append(Observed(symbols, _by_energy(symbols), width, context))
-    tables = fit_tables(observed, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual", 0)
+    tables = fit_tables(observed, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual")
     for _ in range(ITERATIONS):
-        costs = costs_from(tables, "residual", 0)
+        costs = costs_from(tables, "residual")
         observed = []
         for blocks, context, width in lattices:
             for step in RESIDUAL_STEPS:
                 symbols, classes = quantise(costs, blocks @ basis.T / step, torch.ones(RESIDUAL_CHANNELS), RESIDUAL_STRENGTH, width, context)
                 observed.append(Observed(symbols, classes, width, context))
-        tables = fit_tables(observed, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual", 0)
+        tables = fit_tables(observed, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual")
     return basis.view(RESIDUAL_CHANNELS, 3, RESIDUAL_TILE, RESIDUAL_TILE), tables
 
 
@@ -168,10 +168,10 @@ def _by_energy(symbols: Tensor) -> Tensor:
     return torch.stack(chosen, 1)
 
 
-def costs_from(tables: Mapping[str, NDArray[Any]], kind: str, first: int) -> Costs:
+def costs_from(tables: Mapping[str, NDArray[Any]], kind: str) -> Costs:
     """Costs under tables that are being fitted."""
     ends = tuple(tables[f"{kind}.ends"].tolist())
-    prior = Prior(ends, tables[f"{kind}.tables"].astype(np.int64) - first, tables[f"{kind}.buckets"], tables[f"{kind}.classes"].astype(np.int64), 0)
+    prior = Prior(ends, tables[f"{kind}.tables"].astype(np.int64), tables[f"{kind}.buckets"], tables[f"{kind}.classes"].astype(np.int64), 0)
     return costs_of(tables["symbols"].astype(np.int64), tables["radius"].astype(np.int64), prior)
 
 

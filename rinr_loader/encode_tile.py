@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar, cast
@@ -51,7 +53,7 @@ LEAST_MOVE, FARTHER = 0.02, 2.0  # of a step's logarithm, and by how much more w
 COARSER = 1.2  # by which steps grow where a bundle is too large
 TOGETHER = 1 << 22  # pixels of pictures that are entropy coded and measured at once, or one picture
 SHOWN = 1 << 20  # pixels that are compared at a time
-LARGE = 1 << 22  # pixels above which a picture is analysed in bands
+LARGE = 1 << 22  # pixels above which a picture is analysed in bands, and encoded while no other large one is
 BAND_TILES, HALO_TILES = 32, 4  # the analysis sees 2 tiles far
 
 
@@ -125,9 +127,13 @@ def encode_unit(
     lanes = Lanes(settings.seed, unit, check_device(device), threads or torch.get_num_threads(), False)
     coder = coder_of(settings.dictionary, shared or {})
 
+    alone = threading.Lock()  # one large picture at a time: each takes some 60 bytes a pixel
+
     @torch.no_grad()  # which holds for one thread only
     def encode(i: int) -> bytes | Latents:
-        found = _encode(pictures[i], settings, coder, lanes.generator("place", i))
+        height, width = pictures[i].pixels.shape[:2]
+        with alone if height * width > LARGE else nullcontext():
+            found = _encode(pictures[i], settings, coder, lanes.generator("place", i))
         if on_background is not None:
             on_background()
         # What waits for the others of its unit waits without its pixels, which are four times as large as all else.

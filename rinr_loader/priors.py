@@ -38,14 +38,13 @@ class Observed:
     extra: Tensor
 
 
-def fit_tables(observed: Sequence[Observed], ends: Sequence[int], classes: int, kind: str, first_symbol_table: int) -> dict[str, NDArray[Any]]:
+def fit_tables(observed: Sequence[Observed], ends: Sequence[int], classes: int, kind: str) -> dict[str, NDArray[Any]]:
     """Tables for one kind of lattice, as `dictionary.dump` takes them, `symbols` and `radius` of this kind alone.
 
     Args:
         observed: What was coded.
         ends, classes: Channel groups, and the number of classes of each.
         kind: `background` or `residual`.
-        first_symbol_table: Number of symbol tables before these.
     """
     channels = ends[-1]
     total = torch.zeros(classes, channels, dtype=torch.float64)
@@ -85,7 +84,7 @@ def fit_tables(observed: Sequence[Observed], ends: Sequence[int], classes: int, 
         "symbols": symbols,
         "radius": radius.astype(np.uint8),
         f"{kind}.ends": np.array(ends, np.uint16),
-        f"{kind}.tables": (nearest.numpy() + first_symbol_table).astype(np.uint8),
+        f"{kind}.tables": nearest.numpy().astype(np.uint8),
         f"{kind}.buckets": buckets.astype(np.uint8),
         f"{kind}.classes": _class_tables(observed, buckets, classes),
     }

@@ -154,10 +154,11 @@ def train_dictionary(
         begun, known = Model.from_dictionary(base.dictionary, base.analysis, settings), base.dictionary.channels
     model, curve = train(found, settings, state, report, model=begun, known=known, origin=origin, progress=progress)
     dictionary, network, about = finish(model, found, settings, origin, curve)
+    sha256 = load(dictionary, out.name).sha256  # before anything is written: of a training that fell apart only the state is left
     write_bytes(out, dictionary)
     write_bytes(analysis, network)
     state.unlink(missing_ok=True)
-    return Trained(out, analysis, load(dictionary, out.name).sha256, len(dictionary), about, tuple(problems))
+    return Trained(out, analysis, sha256, len(dictionary), about, tuple(problems))
 
 
 def finish(

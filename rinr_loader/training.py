@@ -377,6 +377,8 @@ def train(
             begun.start(crops) if model is None else begun.grow(crops, known or 0)
         curve.append({"step": 0, "rates": validate(begun, pictures.validation)})
         report(curve[-1])
+        if state is not None:  # a place that cannot be written is told now, and not after the first hundreds of steps
+            save_state(state, begun, optimizer, 0, curve, about)
     progress(begin)
     _run(begun, optimizer, pictures, settings, begin, curve, state, about, report, progress)
     return begun.eval(), curve

@@ -71,8 +71,9 @@ def columns_of(channels: int = CHANNELS) -> dict[str, NDArray[Any]]:
             background.append(_observed(coded, (*ENDS, channels), CLASSES, across))
             coded = (blocks @ cosines().flatten(1).T / step).round()
             residual.append(_observed(coded, RESIDUAL_ENDS, RESIDUAL_CLASSES, picture.shape[3] // RESIDUAL_TILE))
-    first = fit_tables(background, (*ENDS, channels), CLASSES, "background", 0)
-    second = fit_tables(residual, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual", len(first["symbols"]))
+    first = fit_tables(background, (*ENDS, channels), CLASSES, "background")
+    second = fit_tables(residual, RESIDUAL_ENDS, RESIDUAL_CLASSES, "residual")
+    second["residual.tables"] = second["residual.tables"] + np.uint8(len(first["symbols"]))
     symbols, radius = (np.concatenate([first.pop(name), second.pop(name)]) for name in ("symbols", "radius"))
     columns |= first | second
     tables = ("background.tables", "residual.tables")

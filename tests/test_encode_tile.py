@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -504,6 +505,31 @@ def test_a_picture_does_not_depend_on_its_unit_but_for_where_residuals_lie() -> 
     a, b = (parse(encode_bytes(busy(), unit=unit, target_psnr=24.0)[0]) for unit in ("a", "b"))
     assert [network.rect for network in a.networks] != [network.rect for network in b.networks]
     assert encode_bytes(busy(), unit="a", target_psnr=24.0) == encode_bytes(busy(), unit="a", target_psnr=24.0)
+
+
+def test_large_pictures_are_encoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that one takes grows with its pixels, and would with the threads too."""
+    at_once: list[int] = []
+    running: list[int] = []
+    genuine = encode_tile._encode
+
+    def spy(one: Picture, *rest: Any) -> Any:
+        running.append(1)
+        at_once.append(len(running))
+        time.sleep(0.05)
+        try:
+            return genuine(one, *rest)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(encode_tile, "_encode", spy)
+    ones = [picture(natural(i, 48, 64)) for i in range(6)]
+    expected = encode_bytes(*ones, threads=3)
+    assert max(at_once) > 1
+    at_once.clear()
+    monkeypatch.setattr(encode_tile, "LARGE", 48 * 64 - 1)
+    assert encode_bytes(*ones, threads=3) == expected
+    assert at_once == [1] * 6
 
 
 def test_no_gradients_are_kept() -> None:

@@ -63,7 +63,7 @@ def observed(seed: int = 0, tiles: int = 600) -> Observed:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, NDArray[np.generic]]:
-    return dict(fit_tables([observed(0, 4000), observed(1, 4000)], ENDS, CLASSES, "background", 5))
+    return dict(fit_tables([observed(0, 4000), observed(1, 4000)], ENDS, CLASSES, "background"))
 
 
 def test_symbol_tables_are_whole_and_symmetric(tables: dict[str, NDArray[np.generic]]) -> None:
@@ -79,7 +79,7 @@ def test_symbol_tables_are_whole_and_symmetric(tables: dict[str, NDArray[np.gene
 
 
 def test_a_class_gets_the_tables_of_its_magnitudes(tables: dict[str, NDArray[np.generic]]) -> None:
-    chosen = tables["background.tables"].astype(int) - 5
+    chosen = tables["background.tables"].astype(int)
     assert chosen.shape == (CLASSES, ENDS[-1])
     assert (chosen[2] > chosen[1]).all(), "large values have the wider tables"
     part = observed(2, 20_000)
@@ -112,7 +112,7 @@ def test_classes_are_expected_where_they_come(tables: dict[str, NDArray[np.gener
 
 
 def test_tables_are_a_function_of_what_was_coded(tables: dict[str, NDArray[np.generic]]) -> None:
-    again = fit_tables([observed(0, 4000), observed(1, 4000)], ENDS, CLASSES, "background", 5)
+    again = fit_tables([observed(0, 4000), observed(1, 4000)], ENDS, CLASSES, "background")
     assert tables.keys() == again.keys()
     assert all(np.array_equal(tables[name], again[name]) for name in tables)
 
@@ -120,6 +120,6 @@ def test_tables_are_a_function_of_what_was_coded(tables: dict[str, NDArray[np.ge
 def test_a_class_that_never_came_can_still_be_coded() -> None:
     part = observed(0)
     quiet = Observed(part.symbols.clamp(-1, 1), part.classes.clamp_max(1), part.columns, part.extra)
-    tables = fit_tables([quiet], ENDS, CLASSES, "background", 0)
+    tables = fit_tables([quiet], ENDS, CLASSES, "background")
     assert (tables["background.classes"] > 0).all()
     assert (tables["background.tables"] < SCALES).all()

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,26 @@ def test_a_state_of_another_training_or_a_damaged_one_is_told(sources: tuple[Pat
     (tmp_path / "own.bin.state").write_bytes(b"nothing")
     assert "expected the state of a training, got" in failed(rinr("train-dictionary", sources[0], "--out", out, *OPTIONS))
     assert not out.exists()
+
+
+def test_a_training_that_fell_apart_leaves_only_its_state(sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train_dictionary.finish
+
+    def broken(*arguments: Any) -> Any:
+        dictionary, analysis, about = whole(*arguments)
+        return dictionary[:-1], analysis, about
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dictionary, "finish", broken)
+        assert "own.bin: expected a dictionary, got" in failed(rinr("train-dictionary", sources[0], "--out", tmp_path / "own.bin", *OPTIONS))
+    assert [path.name for path in tmp_path.iterdir()] == ["own.bin.state"]
+    assert rinr("train-dictionary", sources[0], "--out", tmp_path / "own.bin", *OPTIONS).exit_code == 0, "and goes on from there"
+
+
+def test_a_state_stands_before_the_first_step(sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "loss_of", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert rinr("train-dictionary", sources[0], "--out", tmp_path / "own.bin", *OPTIONS).exit_code == 130
+    assert (tmp_path / "own.bin.state").exists(), "a place that cannot be written is told before hours of work"
 
 
 def test_what_cannot_be_used_is_left_out_and_told(sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -423,4 +444,4 @@ def test_the_command_tells_of_the_fit(yolo: Path, base: str, tmp_path: Path) -> 
     assert "fitting the dictionary: 2/2 steps" in result.stderr
     assert "converting: 7/7 images" in result.stderr
     dry = rinr("convert", yolo, tmp_path / "e", "--family", "tile", "--device", "cpu", "--fit-dictionary", "--dry-run")
-    assert "the estimate is made with the shipped dictionary" in dry.stderr
+    assert "the estimate is made with the dictionary that the fit begins with" in dry.stderr
