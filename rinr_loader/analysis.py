@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from typing import cast
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from rinr_loader.codecs.tile import OVERLAP, SUPPORT, TILE
 from rinr_loader.dictionary import GENERIC, SHIPPED, shipped
 from rinr_loader.errors import ConfigError
+from rinr_loader.metadata import metadata_of
 
 WIDTH = 64  # channels of the convolutional part
 
@@ -137,7 +137,7 @@ def load_analysis(data: bytes, name: str) -> tuple[Analysis, str]:
     """
     try:
         tensors = safetensors.load(data)
-        sha256 = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["dictionary"]
+        sha256 = metadata_of(data)["dictionary"]
         analysis = Analysis(len(tensors["linear.weight"]))
         analysis.load_state_dict({key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()})
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -148,7 +148,7 @@ def load_analysis(data: bytes, name: str) -> tuple[Analysis, str]:
 def is_analysis(data: bytes) -> bool:
     """Whether a file of shared parameters is an analysis: what encoding needs, and decoding does not."""
     try:
-        return "dictionary" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        return "dictionary" in metadata_of(data)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -170,7 +170,7 @@ def convert_command(
     size: Annotated[PictureSize | None, typer.Option(parser=_size, metavar="WxH", help="Shrink pictures to fit inside; never enlarges.")] = None,
     target_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which a picture is good enough.")] = None,
     object_psnr: Annotated[float | None, typer.Option(min=1, max=99, metavar="DB", help="PSNR at which an object is good enough.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Bytes of a sample at most, where it can be; of tile and jpeg.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Bytes of a picture with its labels at most; of tile and jpeg.")] = None,
     refine: Annotated[int | None, typer.Option(min=0, metavar="N", help="Steps that refine latents; of tile.", show_default="0")] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=2, metavar="1|2", help="Layers of the synthesis; of tile.", show_default="2")] = None,
     dictionary: Annotated[
@@ -235,7 +235,7 @@ def convert_command(
 
         if not fit_dictionary:
             meter_of("converting", "images").update(0, len(found.samples))
-        processes = workers or _workers(chosen)
+        processes = workers or _workers(chosen if family == "siren" else "cpu")
         report = convert(
             found, dest_path, job, workers=processes, strict=strict, fit_dictionary=fit_dictionary or 0, on_progress=on_progress, on_fit=on_fit
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from rinr_loader.codecs.rans import PROBABILITY_BITS, Tables
 from rinr_loader.codecs.tile import FILTER_WIDTH, RESIDUAL_CHANNELS, RESIDUAL_TILE, SUPPORT
 from rinr_loader.errors import BundleError, ConfigError
+from rinr_loader.metadata import metadata_of
 
 VERSION = 1
 SHIPPED = Path(__file__).parent / "dictionaries"
@@ -133,7 +134,7 @@ def load(data: bytes, name: str) -> Dictionary:
 
     try:
         columns = safetensors.load(data)
-        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["rinr"])
+        about = json.loads(metadata_of(data)["rinr"])
         version = about.pop("version")
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name}: expected a dictionary, got {type(error).__name__}: {error}; fetch it again") from None

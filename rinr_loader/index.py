@@ -22,6 +22,7 @@ from safetensors import numpy as safetensors
 from rinr_loader.bundle import Bundle, Spec, check_bytes, parse
 from rinr_loader.errors import BundleError, ShardError
 from rinr_loader.index_check import TAR_BLOCK, check_columns, read_groups, refuse
+from rinr_loader.metadata import metadata_of
 from rinr_loader.specs import rank, record_of
 
 Array = NDArray[Any]
@@ -281,7 +282,7 @@ def load_index(data: bytes, *, name: str, shard_bytes: int | None = None) -> Sha
     check = refuse(name)
     try:
         columns = safetensors.load(data)  # first: it limits how deep JSON can nest
-        about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["rinr"])
+        about = json.loads(metadata_of(data)["rinr"])
         version, size, rows = (about[entry] for entry in ("version", "shard_bytes", "groups"))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{name}: expected the index of a shard, got {type(error).__name__}: {error}; make it again with `rinr index`") from None

@@ -14,6 +14,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from rinr_loader.errors import ConfigError
+from rinr_loader.metadata import metadata_of
 from rinr_loader.writer import write_bytes
 
 Row: TypeAlias = dict[str, Any]  # of the validation curve: `step`, and `rates` at a few quantization steps
@@ -53,7 +54,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, a
     try:
         data = path.read_bytes()
         tensors = safetensors.load(data)
-        metadata = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["training"])
+        metadata = json.loads(metadata_of(data)["training"])
         if metadata["sha256"] != _digest(tensors, metadata["state"]):
             raise ValueError("content that its hash does not fit")
         found = json.loads(metadata["state"])

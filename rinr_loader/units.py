@@ -39,7 +39,7 @@ class Job:
         size: Width and height that pictures are shrunk to fit inside; None keeps them.
         shard_samples: Samples in a shard.
         val_residuals: Encode val and test with residuals, as train; by default they are encoded blind to their labels.
-        device: Where to fit, `cpu` or `cuda`.
+        device: Where to fit networks, `cpu` or `cuda`; other families than `siren` encode on the CPU.
         shared: Files of shared parameters that bundles name, by their SHA-256 in hexadecimal; `settings.dictionary` says which one.
     """
 
@@ -52,7 +52,9 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """As stored in `dataset.json`."""
-        build = {"torch": torch.__version__, "device": torch.device(self.device).type, "format": VERSION}
+        # Only networks are fitted on a GPU: the other families encode on the CPU, whatever is there.
+        device = torch.device(self.device).type if self.settings.family == "siren" else "cpu"
+        build = {"torch": torch.__version__, "device": device, "format": VERSION}
         if self.settings.family != "siren":  # its JPEGs are Pillow's
             build["pillow"] = PIL.__version__
         return {**self.settings.describe(), **_but_settings(self), **build}

@@ -30,10 +30,11 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "specs": set(),
     "bundle": {"errors", "jpeg_header", "specs"},
     "index_check": {"bundle"},
-    "index": {"index_check"},
+    "metadata": set(),
+    "index": {"index_check", "metadata"},
     "writer": {"index", "source"},
     "codecs": {"bundle"},
-    "dictionary": {"codecs"},  # what bundles of the family `tile` have in common
+    "dictionary": {"codecs", "metadata"},  # what bundles of the family `tile` have in common
     "analysis": {"dictionary"},
     "stream": {"dictionary"},
     "shared": {"analysis", "writer"},
@@ -72,7 +73,7 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     "units": {"annotations", "encode", "image", "targets", "writer"},
     # dictionaries from pictures
     "priors": {"dictionary"},
-    "train_state": {"writer"},
+    "train_state": {"metadata", "writer"},
     "training": {"analysis", "train_state"},
     "assemble": {"latents", "priors", "stream", "training"},
     "train_dictionary": {"assemble", "image"},
@@ -111,7 +112,7 @@ OWNED = {
     "webdataset": r"integrations/webdataset\w*\.py",
     "lightning": r"integrations/lightning\w*\.py",
 }
-TORCHLESS = {"errors", "source", "specs", "jpeg_header", "bundle", "index_check", "index"}
+TORCHLESS = {"errors", "source", "specs", "jpeg_header", "bundle", "index_check", "index", "metadata"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save"}
 

@@ -4,10 +4,10 @@ Source: Duda, "Asymmetric numeral systems" (2013); Giesen, "Interleaved entropy 
 a state in [2^15, 2^31), that share one stream: L states (uint32), then words (uint16), all little-endian. A step decodes one symbol in
 every active lane; then the lanes whose state fell below 2^15 read one word each, in the order of the lanes.
 
-Everything is integers, so every machine decodes the same symbols; `rinr_loader.kernels.rans` does so on a GPU. Any bytes decode to some
-symbols in a number of steps that the caller fixes: what is read past the end of a stream is 0, and `Decoder.intact` tells whether the
-stream was whole. An encoder starts every lane at 2^15 and works backwards; a decoder that ends there, with every word read, has seen
-what was written.
+Everything is integers, so every machine decodes the same symbols. `rinr_loader.kernels.rans` has the same for a GPU; no loader uses it yet.
+Any bytes decode to some symbols in a number of steps that the caller fixes: what is read past the end of a stream is 0, and
+`Decoder.intact` tells whether the stream was whole. An encoder starts every lane at 2^15 and works backwards; a decoder that ends there,
+with every word read, has seen what was written.
 """
 
 from __future__ import annotations
