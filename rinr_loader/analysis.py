@@ -62,7 +62,15 @@ class Analysis(nn.Module):
 
 
 def mirrored(image: Tensor, reach: int) -> Tensor:
-    """A picture that goes on mirrored over each border for `reach` pixels; the border's pixels are repeated, as `synthesise` folds them."""
+    """A picture that goes on mirrored over each border; the border's pixels are repeated, as `synthesise` folds them.
+
+    Args:
+        image: `(N, 3, H, W)`.
+        reach: Pixels on each side.
+
+    Returns:
+        `(N, 3, H + 2 * reach, W + 2 * reach)`.
+    """
     image = torch.cat([image[:, :, :reach].flip(2), image, image[:, :, -reach:].flip(2)], 2)
     return torch.cat([image[..., :reach].flip(3), image, image[..., -reach:].flip(3)], 3)
 
@@ -120,7 +128,12 @@ def _across_borders(image: Tensor, axis: int, rotation: Tensor) -> Tensor:
 
 
 def dump_analysis(analysis: Analysis, sha256: str) -> bytes:
-    """Serialize an analysis, float16, with the dictionary that it was trained with."""
+    """Serialize an analysis, weights as float16.
+
+    Args:
+        analysis: The network.
+        sha256: Of the dictionary that it was trained with, in hexadecimal.
+    """
     tensors = {name: value.detach().cpu().numpy().astype(np.float16) for name, value in sorted(analysis.state_dict().items())}
     return safetensors.save(tensors, {"dictionary": sha256})
 

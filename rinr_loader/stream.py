@@ -210,7 +210,13 @@ def _decode(
 
 
 def escapes_of(escaped: NDArray[np.bool_], ends: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
-    """How many escapes each picture has."""
+    """How many escapes each picture has, int64 `(N,)`.
+
+    Args:
+        escaped: Whether each symbol of all pictures is an escape, `(symbols,)`.
+        ends: Where the symbols of each picture end, `(N,)`.
+        counts: Symbols of each picture.
+    """
     before = np.concatenate([[0], np.cumsum(escaped)])
     total: NDArray[np.int64] = before[ends] - before[ends - np.array(counts, np.int64)]
     return total

@@ -121,7 +121,10 @@ class Prior(nn.Module):
             self.log_share[g] = share[g, before].log()
 
     def classes(self, symbols: Tensor) -> list[Tensor]:
-        """The cheapest class of each tile and group for integers `(tiles, C)`: the cost of a Laplacian is linear in magnitude and in what is zero."""
+        """The cheapest class of each tile, int64 `(tiles,)` for each group, for integers `(tiles, C)`.
+
+        The cost of a Laplacian is linear in magnitude and in what is zero.
+        """
         chosen: list[Tensor] = []
         for g, ((a, b), table) in enumerate(zip(self.bounds, self.log_scale, strict=True)):
             magnitude = symbols[:, a:b].abs()
@@ -266,7 +269,12 @@ class Model(nn.Module):
         return latents * torch.exp(self.log_gain)[:, None, None] / steps[:, None, None, None]
 
     def synthesis(self, values: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Both pictures that latents in units of their steps give, in grey levels around 0: linear, and filtered."""
+        """Both pictures that latents give, linear and filtered: grey levels around 0, float32 `(N, 3, 16h, 16w)`.
+
+        Args:
+            values: Latents in units of their steps, `(N, C, h, w)`.
+            steps: In grey levels, `(N,)`.
+        """
         scaled = values * (steps[:, None, None, None] * torch.exp(-self.log_gain)[:, None, None])
         linear = synthesise(scaled, self.basis)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):

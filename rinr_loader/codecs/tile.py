@@ -52,7 +52,10 @@ def smooth(image: Tensor, weights: Mapping[str, Tensor], step: Tensor) -> Tensor
     Args:
         image: What `synthesise` gave, `(N, 3, H, W)` with even H and W.
         weights: `filter.{0,1,2}.{weight,bias}`, and `filter.{0,1}.step`: what the logarithm of the step adds to a channel.
-        step: The latents' step for each image, `(N,)`.
+        step: The latents' step for each image, over `TYPICAL_STEP`, `(N,)`.
+
+    Returns:
+        Float32, shaped as `image`, which is colour around 0 in units of `UNIT` grey levels.
     """
     hidden = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)  # so few channels take a CPU 1.6 times as long the other way
     level = step.log()[:, None, None, None]
@@ -70,7 +73,7 @@ def lattice_of(rect: tuple[int, int, int, int], tile: int) -> tuple[int, int]:
 
 
 def blocks_of(image: Tensor) -> Tensor:
-    """Cut `(3, 8h, 8w)` into blocks, row by row, `(h * w, 3, 8, 8)`."""
+    """Cut a picture `(3, 8h, 8w)` of any type into blocks, row by row, `(h * w, 3, 8, 8)`."""
     size = RESIDUAL_TILE
     blocks = image.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # colour, row, y, column, x
     listed: Tensor = blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)
@@ -78,7 +81,7 @@ def blocks_of(image: Tensor) -> Tensor:
 
 
 def image_of(blocks: Tensor, columns: int) -> Tensor:
-    """The inverse of `blocks_of`."""
+    """The inverse of `blocks_of`: `(h * w, 3, 8, 8)` with w `columns` to a picture `(3, 8h, 8w)`."""
     grid = blocks.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # colour, row, y, column, x
     image: Tensor = grid.flatten(3, 4).flatten(1, 2)
     return image
