@@ -1,8 +1,9 @@
 """Families that are decoded to whole pictures, `tile` and `jpeg`: placements are sampled from *surfaces*.
 
 A surface is a sample's picture at 1, 1/2, 1/4 or 1/8 of its stored size: each of its pixels is the mean of k x k stored ones. Where fewer are left
-at the right and lower border, `jpeg` takes the mean of those, and `tile` lets its tiles go on beyond the border. It is float32 `(3, ceil(H / k), ceil(W / k))`, colour 0 to 1, not clamped. Each is made once for all
-placements that want it, and `PIXELS[device]` pixels of them stand in memory together (but one, however large).
+at the right and lower border, `jpeg` takes the mean of those, and `tile` lets its tiles go on beyond the border. It is float32
+`(3, ceil(H / k), ceil(W / k))`, colour 0 to 1, not clamped. Each is made once for all placements that want it, and `PIXELS[device]` pixels of
+them stand in memory together (but one, however large).
 """
 
 from __future__ import annotations
