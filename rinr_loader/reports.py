@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rinr_loader.compare import Comparison
 from rinr_loader.console import bytes_text, psnr_text, result, result_json, result_table, tell, time_text, warn
 from rinr_loader.convert import REPORT, Estimate, Report
+from rinr_loader.dictionary import shipped
 from rinr_loader.info import Info, Quality
 from rinr_loader.source import SPLITS, Problem
 from rinr_loader.verify import Verification
@@ -113,6 +114,8 @@ def info_report(info: Info, compared: Sequence[Comparison], *, sheet: Path | Non
         return
     names = ("family", "preset", "mode", "size", "target_psnr", "object_psnr", "max_bytes", "refine", "layers")
     settings = ", ".join(f"{name} {info.codec[name]}" for name in names if info.codec.get(name))
+    if sha256 := info.codec.get("dictionary"):
+        settings += f", dictionary {sha256[:12]}... ({'the package' if sha256 == shipped().sha256 else 'the dataset'}'s own)"
     result(f"{info.path}: {info.samples} samples, task {info.task}, {len(info.names)} classes; {settings}")
     result("")
     rows = [

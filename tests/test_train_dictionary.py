@@ -344,6 +344,7 @@ def test_a_conversion_without_a_fit_carries_the_shipped_dictionary(yolo: Path, t
     (sha256,) = listed(metadata)
     assert sha256 == metadata["codec"]["dictionary"] == fit_dictionary.shipped().sha256
     assert hashlib.sha256((tmp_path / "shards" / "shared" / f"{sha256}.bin").read_bytes()).hexdigest() == sha256
+    assert f"dictionary {sha256[:12]}... (the package's own)" in rinr("info", tmp_path / "shards").stdout
     assert verify(tmp_path / "shards").damage == ()
 
 
@@ -365,6 +366,7 @@ def test_a_conversion_with_a_dictionary_of_ones_own(fit: tuple[object, ...], yol
     else:
         assert sha256 == named
     assert verify(tmp_path / "shards").damage == ()
+    assert f"dictionary {sha256[:12]}... (the dataset's own)" in rinr("info", tmp_path / "shards").stdout
     assert rinr("export", tmp_path / "shards", tmp_path / "out").exit_code == 0
     first = open_source(yolo).samples[0]
     (shown,) = (tmp_path / "out").glob(f"images/{first.split}/{first.key}.png")
