@@ -48,6 +48,7 @@ LEAST_STEP, MOST_STEP, FIRST_STEP = 4.0, 260.0, 100.0  # grey levels: far outsid
 LEAST_RESIDUAL_STEP, FIRST_RESIDUAL_STEP = 1.0, 22.0
 ROUNDS = 3  # of residuals, until none that overlap spoil another's object
 TRIALS, CLOSE = 7, 0.04  # of a step, and dB above a target that are near enough
+REFINED = 1.06  # by how much coarser a step may be where latents are refined, as a first guess
 SLOPE = 10.0  # dB that a step ten times as fine gives, as a first guess
 LEAST_MOVE, FARTHER = 0.02, 2.0  # of a step's logarithm, and by how much more with every trial, while the target is not between two of them
 COARSER = 1.2  # by which steps grow where a bundle is too large
@@ -276,11 +277,16 @@ def _latents(analysis: Analysis, padded: Tensor) -> Tensor:
 def _search(coder: Coder, latents: Tensor, source: Tensor, target: float, settings: Settings) -> Coded:
     """The coarsest step that reaches a PSNR, or the finest there is."""
 
-    def measure(step: float) -> tuple[Coded, float]:
-        coded = _trial(coder, latents, source, step, settings)
-        return coded, coded.psnr
+    def with_refinement(refine: int, first: float) -> Coded:
+        def measure(step: float) -> tuple[Coded, float]:
+            coded = _trial(coder, latents, source, step, replace(settings, refine=refine))
+            return coded, coded.psnr
 
-    return search(measure, target, FIRST_STEP, LEAST_STEP, MOST_STEP)
+        return search(measure, target, first, LEAST_STEP, MOST_STEP)
+
+    found = with_refinement(0, FIRST_STEP)
+    # Refined trials take many times as long: they begin near where they end.
+    return with_refinement(settings.refine, min(found.step * REFINED, MOST_STEP)) if settings.refine else found
 
 
 def search(measure: Callable[[float], tuple[T, float]], target: float, first: float, least: float, most: float) -> T:
