@@ -176,6 +176,20 @@ def test_the_shipped_dictionary_and_its_analysis_belong_together() -> None:
     assert find(found.key, "a.rinr").sha256 == found.sha256
 
 
+def test_the_shipped_dictionary_says_where_it_comes_from() -> None:
+    """All that `rinr train-dictionary` writes down: what it was trained on, from where, how long, and what came out."""
+    about = shipped().about
+    assert {"base", "sources", "settings", "torch", "curve"} <= about.keys()
+    names = {source["name"] for source in about["sources"]}
+    assert names == {"dac_sdc", "coco_yolo", "bccd_voc", "photos_lossless"}, "never what quality is reported on, nor what states no terms"
+    for source in about["sources"]:
+        assert source.keys() == {"name", "format", "weight", "pictures", "held_out", "sha256"}
+    settings, curve = about["settings"], about["curve"]
+    assert settings["channels"] == shipped().channels
+    assert [curve[0]["step"], curve[-1]["step"]] == [0, settings["steps"]]
+    assert len(about["base"]["sha256"]) == 64
+
+
 # --- analyses ---
 
 
