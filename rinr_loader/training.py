@@ -24,9 +24,10 @@ from rinr_loader.codecs.rans import PROBABILITY_BITS
 from rinr_loader.codecs.tile import FILTER_WIDTH, TILE, TYPICAL_STEP, UNIT, smooth, synthesise
 from rinr_loader.dictionary import CONTEXTS, Dictionary
 from rinr_loader.errors import ConfigError
+from rinr_loader.latents import STRENGTH
 from rinr_loader.train_state import Row, load_state, save_state
 
-LAGRANGE = 24.0  # lambda = LAGRANGE / step**2, in bits for a squared grey level: what a uniform quantizer's slope asks of three colours
+LAGRANGE = STRENGTH  # lambda = LAGRANGE / step**2, in bits for a squared grey level: as the encoder will choose its integers
 FILTERED = 0.7  # share of the filtered picture in the loss; the linear one has the rest
 STEPS = (18.0, 260.0)  # grey levels: the range of quantization steps
 VALIDATION_STEPS = (25.0, 50.0, 100.0, 200.0)

@@ -74,7 +74,7 @@ LAYERS: dict[str, frozenset[str] | set[str]] = {
     # dictionaries from pictures
     "priors": {"dictionary"},
     "train_state": {"metadata", "writer"},
-    "training": {"analysis", "train_state"},
+    "training": {"analysis", "latents", "train_state"},
     "assemble": {"latents", "priors", "stream", "training"},
     "train_dictionary": {"assemble", "image"},
     "fit_dictionary": {"train_dictionary", "units"},
