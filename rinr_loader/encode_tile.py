@@ -190,7 +190,7 @@ def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch
     latents = analyse(coder.analysis, source)
     background = _search(coder, latents, source, target, settings)
     rects = [(placed.object, placed.rect) for placed in place_residuals(picture, generator)] if object_target is not None else []
-    residuals, reached = _residuals(coder, picture, source, background, rects, object_target, 1.0)
+    residuals, reached = _residuals(coder, picture, source, background, rects, object_target)
     reached &= background.psnr >= target
     finest, most = Latents(background, residuals), settings.max_bytes
 
@@ -201,23 +201,25 @@ def _encode(picture: Picture, settings: Settings, coder: Coder, generator: torch
         """The finest of coarser steps that fit, by bisection; where not even the coarsest do, the background alone."""
         low, high = 1, math.ceil(math.log(MOST_STEP / LEAST_RESIDUAL_STEP, COARSER)) + 1
         fitting: bytes | None = None
+        known = {number: step for _, step, number in residuals}
         while low < high:
             middle = (low + high) // 2
             factor = COARSER**middle
             coarse = _trial(coder, latents, source, min(background.step * factor, MOST_STEP), settings)
-            data = bundle(Latents(coarse, _residuals(coder, picture, source, coarse, rects, object_target, factor)[0]))
+            steps = {number: min(known.get(number, FIRST_RESIDUAL_STEP) * factor, MOST_STEP) for number, _ in rects}
+            data = bundle(Latents(coarse, _residuals(coder, picture, source, coarse, rects, object_target, steps)[0]))
             if most is None or len(data) <= most:
                 fitting, high = data, middle
             else:
                 low = middle + 1
         return fitting or bundle(Latents(_trial(coder, latents, source, MOST_STEP, settings), []))
 
-    def falls_short(data: bytes) -> tuple[int, float]:
-        """By how much a bundle misses what was asked for: its bytes first, then the targets."""
+    def falls_short(data: bytes) -> tuple[bool, float]:
+        """Whether a bundle is too large, and by how many dB it misses the targets."""
         found = parse(data)
         pairs = ((target, found.psnr), (object_target, found.object_psnr))
         missing = sum(max(0.0, wanted - seen) for wanted, seen in pairs if wanted is not None and seen is not None)
-        return 0 if most is None else max(0, len(data) - most), missing
+        return most is not None and len(data) > most, missing
 
     if reached and most is None:
         return finest
@@ -411,22 +413,26 @@ def _residuals(
     background: Coded,
     rects: Sequence[tuple[int, Rect]],
     target: float | None,
-    coarser: float,
+    steps: Mapping[int, float] | None = None,
 ) -> tuple[list[tuple[Lattice, float, int]], bool]:
-    """Residuals, each against the background and all others, and whether all objects reach the target."""
+    """Residuals, each against the background and all others, and whether all objects reach the target, each alone and all together.
+
+    With `steps`, by the number of the object, none is searched for.
+    """
     if target is None:
         return [], True
     size = (source.shape[1], source.shape[2])
     columns = lattice_of((0, 0, size[1], size[0]), TILE)[1]
+    objects = torch.from_numpy(picture.object_mask)
     shown = background.image.clone()
     found: dict[int, tuple[Lattice, float, Tensor]] = {}  # with what it adds to the picture
-    reached = False
-    for _ in range(1 if coarser > 1 else ROUNDS):
+    aim, reached = target, False
+    for _ in range(ROUNDS if steps is None else 1):
         for number, rect in rects:
             x0, y0, x1, y1 = rect
             inner = _inner(picture, number, rect)
             wanted, now = source[:, y0:y1, x0:x1], shown[:, y0:y1, x0:x1]
-            if _psnr(now, wanted, inner) >= target:
+            if _psnr(now, wanted, inner) >= aim:
                 continue
             if number in found:  # another that lies over it has made it worse
                 now = now - found[number][2]
@@ -436,17 +442,21 @@ def _residuals(
             extra = torch.from_numpy(context_below(coder.dictionary.background, background.classes.numpy(), columns, rect))
             weight = weight_of(rect, FEATHER, size, source.device)
             measure = _residual_trial(coder, values, extra, rect, weight, now, wanted, inner)
-            integers, classes, step, image = search(measure, target, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
-            if coarser > 1:
-                integers, classes, step, image = measure(min(step * coarser, MOST_STEP))[0]
+            if steps is None:
+                integers, classes, step, image = search(measure, aim, FIRST_RESIDUAL_STEP, LEAST_RESIDUAL_STEP, MOST_STEP)
+            else:
+                integers, classes, step, image = measure(steps[number])[0]
             found[number] = Lattice(integers.long().numpy(), classes.numpy(), rect), step, image - now
             shown[:, y0:y1, x0:x1] = image
-        reached = all(
+        together = _psnr(shown, source, objects)
+        reached = together >= target and all(
             _psnr(shown[:, y0:y1, x0:x1], source[:, y0:y1, x0:x1], _inner(picture, number, (x0, y0, x1, y1))) >= target
             for number, (x0, y0, x1, y1) in rects
         )
         if reached:
             break
+        if together < target:  # where boxes overlap, each may be good enough and their union not
+            aim += target - together + CLOSE
     return [(lattice, step, number) for number, (lattice, step, _) in found.items()], reached
 
 

@@ -62,10 +62,11 @@ def jpeg(pixels: Pixels, quality: int, *, full_colour: bool = False) -> bytes:
         image.save(buffer, "JPEG", quality=quality, optimize=True, subsampling=subsampling)
         return buffer.getvalue()
 
+    # An optimized JPEG is made in one piece, for which Pillow leaves one or two bytes a pixel: too few for noise in full colour.
+    ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, pixels.size + (1 << 16))
     try:
         return save()
     except OSError:
-        # An optimized JPEG is made in one piece, for which Pillow leaves one or two bytes a pixel: too few for noise in full colour.
         ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 2 * pixels.size + (1 << 16))
         return save()
 

@@ -35,8 +35,9 @@ def convert_report(report: Report, *, as_json: bool) -> None:
         warn(f"{len(report.missed)} target(s) missed, all of them in {report.dest / REPORT}:")
         _tell_first(report.missed)
     if report.fallbacks:
-        first = ", ".join(report.fallbacks[:TOLD]) + (", ..." if len(report.fallbacks) > TOLD else "")
-        warn(f"{len(report.fallbacks)} picture(s) stored as JPEGs, for tile does not reach what was asked for: {first}")
+        count = len(report.fallbacks)
+        first = ", ".join(report.fallbacks[:TOLD]) + (f", and {count - TOLD} more in {report.dest / REPORT}" if count > TOLD else "")
+        warn(f"{count} picture(s) stored as JPEGs, which come nearer to what was asked for than tile does: {first}")
     if as_json:
         result_json(asdict(report))
         return
@@ -159,8 +160,14 @@ def _quality(quality: Quality) -> tuple[str, str]:
 
 def _byte_rows(info: Info) -> list[tuple[str, str, str, str]]:
     parts = asdict(info.bytes)
-    names = ("background", "residual", "header", "tar", "index", "shared", "other", "total")
-    return [(name, bytes_text(parts[name] / info.samples), bytes_text(parts[name]), f"{parts[name] / info.bytes.total:.1%}") for name in names]
+    names = {name: name for name in ("background", "residual", "header", "tar", "index", "shared", "other", "total")}
+    if "tile" in info.families and not info.bytes.residual:  # one stream holds both; the table of streams tells them apart
+        names["background"] = "background, residual"
+        del names["residual"]
+    return [
+        (told, bytes_text(parts[name] / info.samples), bytes_text(parts[name]), f"{parts[name] / info.bytes.total:.1%}")
+        for name, told in names.items()
+    ]
 
 
 def _class_table(info: Info) -> None:

@@ -126,6 +126,9 @@ def open_shared(*files: str | Path) -> dict[bytes, Dictionary]:
         if not is_analysis(data):
             dictionary = load(data, str(file))
             found[dictionary.key] = dictionary
+    if files and not found:
+        names = ", ".join(str(file) for file in files)
+        raise ConfigError(f"{names}: expected a dictionary, got the network that encodes with it; pass the other of DEST/shared/*.bin, or both")
     return found
 
 

@@ -155,6 +155,11 @@ def test_shards_whose_dictionary_does_not_come_with_the_package() -> None:
 def test_files_that_are_no_shared_parameters(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.bin: expected a file of shared parameters, got No such file or directory; pass DEST/shared"):
         open_shared(tmp_path / "none.bin")
+    (analysis,) = [
+        path for path in (REPOSITORY / "tests/golden/dataset-tile/shared").glob("*.bin") if b"residual.basis" not in path.read_bytes()[:8000]
+    ]
+    with pytest.raises(ConfigError, match=r"expected a dictionary, got the network that encodes with it; pass the other"):
+        open_shared(analysis)
     (tmp_path / "text.bin").write_text("text")
     with pytest.raises(ConfigError, match=r"text\.bin: expected a dictionary, got"):
         open_shared(tmp_path / "text.bin")
