@@ -136,11 +136,11 @@ def count_bytes(
             left = _has_left([lattice_of(rect, tile) for rect in lattices])
             values, rows = rans.class_steps(own, left, around, lanes[i], base=prior.first_table, buckets=prior.buckets, contexts=CONTEXTS)
             parts[f"{kind} classes"] = float(bits[rows, values][rows >= 0].sum()) / 8
-            mask, tables = _coded(prior, own)
+            coded, tables = _coded(prior, own)
             spent = bits[tables, symbols[i][at : at + len(tables)]] / 8
             escapes += int((symbols[i][at : at + len(tables)] == 2 * dictionary.radius[tables] + 1).sum())
             at += len(tables)
-            group = prior.group_of[mask.nonzero()[1]]
+            group = prior.group_of[coded % prior.tables.shape[1]]
             for g, (first, last) in enumerate(prior.bounds):
                 parts[f"{kind} latents {first} to {last - 1}"] = float(spent[group == g].sum())
         parts["escapes"] = float(ESCAPED.itemsize * escapes)
@@ -170,11 +170,12 @@ def _decode(
         for classes, mine, boxes in zip(backgrounds, shapes, rects, strict=True)
     ]
     below = _decode_classes(decoder, dictionary.residual, [mine[1:] for mine in shapes], extra)
-    masks, tables = [], []
+    places, sizes, tables = [], [], []
     for classes, inside in zip(backgrounds, below, strict=True):
         for prior, chosen in ((dictionary.background, classes), (dictionary.residual, inside)):
-            mask, rows = _coded(prior, chosen)
-            masks.append(mask)
+            coded, rows = _coded(prior, chosen)
+            places.append(coded)
+            sizes.append((len(chosen), prior.tables.shape[1]))
             tables.append(rows)
     counts = [len(tables[2 * i]) + len(tables[2 * i + 1]) for i in range(len(rects))]
     listed = np.concatenate(tables) if tables else np.zeros(0, np.int64)
@@ -194,19 +195,18 @@ def _decode(
         start = int(starts[i] + position[i])
         values[mine][where] = np.frombuffer(data[start : start + ESCAPED.itemsize * len(where)].tobytes(), ESCAPED)
         first, at = [], end - count
-        for mask, channels in ((masks[2 * i], dictionary.channels), (masks[2 * i + 1], dictionary.residual_basis.shape[0])):
-            latents = np.zeros((len(mask), channels), np.int32)
-            size = int(mask.sum())
-            latents[mask] = values[at : at + size]
-            at += size
+        for coded, size in zip(places[2 * i : 2 * i + 2], sizes[2 * i : 2 * i + 2], strict=True):
+            latents = np.zeros(size, np.int32)
+            latents.reshape(-1)[coded] = values[at : at + len(coded)]
+            at += len(coded)
             first.append(latents)
         sums = first[0][:, : dictionary.predicted].reshape(*shapes[i][0], dictionary.predicted)
         sums[:, 0] = sums[:, 0].cumsum(0)
         first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(len(first[0]), dictionary.predicted)
-        sizes = [a * b for a, b in shapes[i][1:]]
-        found.append([first[0], *np.split(first[1], np.cumsum(sizes)[:-1])] if sizes else [first[0]])
-    coded = [symbols[end - count : end] for end, count in zip(ends_of.tolist(), counts, strict=True)]
-    return found, list(zip(backgrounds, below, strict=True)), extra, coded
+        tiles = [a * b for a, b in shapes[i][1:]]
+        found.append([first[0], *np.split(first[1], np.cumsum(tiles)[:-1])] if tiles else [first[0]])
+    listed_symbols = [symbols[end - count : end] for end, count in zip(ends_of.tolist(), counts, strict=True)]
+    return found, list(zip(backgrounds, below, strict=True)), extra, listed_symbols
 
 
 def escapes_of(escaped: NDArray[np.bool_], ends: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
@@ -247,19 +247,20 @@ def context_below(prior: Prior, classes: NDArray[np.integer], columns: int, rect
 
 def _symbols(dictionary: Dictionary, prior: Prior, lattice: Lattice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Symbols, their tables, and the values behind the escapes."""
-    mask, tables = _coded(prior, lattice.classes)
-    values = np.clip(lattice.symbols[mask], -LARGEST, LARGEST)
+    coded, tables = _coded(prior, lattice.classes)
+    values = np.clip(lattice.symbols.reshape(-1)[coded], -LARGEST, LARGEST)
     radius = dictionary.radius[tables]
     fits = np.abs(values) <= radius
     return np.where(fits, values + radius, 2 * radius + 1), tables, values[~fits]
 
 
-def _coded(prior: Prior, classes: NDArray[np.integer]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which channels of which tiles have a symbol, `(T, C)`, and the table of each."""
-    spread = classes[:, prior.group_of]
-    mask = spread > 0
-    tile, channel = mask.nonzero()
-    return mask, prior.tables[spread[tile, channel], channel]
+def _coded(prior: Prior, classes: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the latents `(T, C)`, flat, have a symbol, in order, and the table of each."""
+    channels = prior.tables.shape[1]
+    coded = np.flatnonzero((classes > 0)[:, prior.group_of])
+    tile, channel = np.divmod(coded, channels)
+    chosen = classes[tile, prior.group_of[channel]]
+    return coded, prior.tables[chosen, channel]
 
 
 def _class_steps(

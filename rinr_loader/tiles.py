@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -46,17 +45,24 @@ def open_tiles(buffer: ShardBuffer, samples: Sequence[int]) -> Callable[[Sequenc
             latents[sample] = [torch.from_numpy(part).to(buffer.device) for part in parts]
     row = dict(zip(samples, buffer.network_start[list(samples)].tolist(), strict=True))
 
-    def surface(wanted: _Wanted) -> Tensor:
-        sample, k, region = wanted
-        return _surface(buffer, row[sample], dictionaries[sample], latents[sample], rects[sample], k, region)
+    bases: dict[tuple[str, int], Tensor] = {}
+
+    def basis_of(dictionary: Dictionary, k: int) -> Tensor:
+        if (dictionary.sha256, k) not in bases:
+            bases[dictionary.sha256, k] = scaled_basis(dictionary.basis.to(buffer.device), k)
+        return bases[dictionary.sha256, k]
+
+    def surface(sample: int, k: int, region: Rect) -> Tensor:
+        dictionary = dictionaries[sample]
+        basis = basis_of(dictionary, min(k, LINEAR))
+        return _surface(buffer, row[sample], dictionary, basis, latents[sample], rects[sample], k, region)
 
     def make(some: Sequence[int], reduce: Sequence[int], regions: Sequence[Rect]) -> list[Tensor]:
-        return _side_by_side(surface, list(zip(some, reduce, regions, strict=True)), buffer.device)
+        return [surface(*wanted) for wanted in zip(some, reduce, regions, strict=True)]
 
     return make
 
 
-_Wanted = tuple[int, int, Rect]
 _Streams = tuple[Dictionary, NDArray[np.uint8], list[tuple[int, int]], list[int], list[list[Rect]], list[str]]
 
 
@@ -85,23 +91,6 @@ def stream_bytes(buffer: ShardBuffer) -> list[dict[str, float]]:
     return [parts for _, streams in _streams(buffer, samples) for parts in count_bytes(*streams)]
 
 
-def _side_by_side(surface: Callable[[_Wanted], Tensor], wanted: Sequence[_Wanted], device: torch.device) -> list[Tensor]:
-    """Make surfaces, on a CPU one for each thread: a single one is too little work to be shared by several."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(wanted) == 1:
-        return [surface(one) for one in wanted]
-
-    @torch.no_grad()  # which holds for one thread only
-    def alone(one: _Wanted) -> Tensor:
-        return surface(one)
-
-    try:
-        with ThreadPoolExecutor(min(threads, len(wanted)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, wanted))
-    finally:
-        torch.set_num_threads(threads)  # parts of torch have one number for all threads
-
-
 def _spec(buffer: ShardBuffer, row: int) -> TileSpec:
     spec = buffer.groups[int(buffer.network_group[row])]
     if not isinstance(spec, TileSpec):
@@ -115,13 +104,14 @@ def _dictionary(buffer: ShardBuffer, sample: int) -> Dictionary:
     return found if isinstance(found, Dictionary) else find(key, f"{buffer.keys[sample]}.rinr")
 
 
-def _surface(buffer: ShardBuffer, row: int, dictionary: Dictionary, latents: Sequence[Tensor], rects: Sequence[Rect], k: int, region: Rect) -> Tensor:
+def _surface(
+    buffer: ShardBuffer, row: int, dictionary: Dictionary, basis: Tensor, latents: Sequence[Tensor], rects: Sequence[Rect], k: int, region: Rect
+) -> Tensor:
     """One surface: the background at 1/k, and the block means of its residuals, as far as they touch the tiles of a region."""
     height, width = rects[0][3], rects[0][2]
     scale, feathers = buffer.scale[row : row + len(rects)].tolist(), buffer.feather[row : row + len(rects)].tolist()
     rows, columns = lattice_of(rects[0], TILE)
     device = buffer.device
-    basis = scaled_basis(dictionary.basis.to(device), min(k, LINEAR))
     weights = {name: value.to(device) for name, value in dictionary.filter.items()} if _spec(buffer, row).layers == 2 and k == 1 else None
     x0, y0, x1, y1 = tiles = (region[0] // TILE, region[1] // TILE, min(columns, -(-region[2] // TILE)), min(rows, -(-region[3] // TILE)))
     image = picture(latents[0].float().T.unflatten(1, (rows, columns)), basis, weights, scale[0], tiles)
