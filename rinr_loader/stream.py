@@ -203,8 +203,8 @@ def _decode(
         sums = first[0][:, : dictionary.predicted].reshape(*shapes[i][0], dictionary.predicted)
         sums[:, 0] = sums[:, 0].cumsum(0)
         first[0][:, : dictionary.predicted] = sums.cumsum(1).reshape(len(first[0]), dictionary.predicted)
-        tiles = [a * b for a, b in shapes[i][1:]]
-        found.append([first[0], *np.split(first[1], np.cumsum(tiles)[:-1])] if tiles else [first[0]])
+        areas = [a * b for a, b in shapes[i][1:]]
+        found.append([first[0], *np.split(first[1], np.cumsum(areas)[:-1])] if areas else [first[0]])
     listed_symbols = [symbols[end - count : end] for end, count in zip(ends_of.tolist(), counts, strict=True)]
     return found, list(zip(backgrounds, below, strict=True)), extra, listed_symbols
 
