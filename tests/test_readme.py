@@ -81,7 +81,9 @@ def test_every_source_format_is_listed() -> None:
 def test_options_that_are_named_exist() -> None:
     told = set(re.findall(r"`(?:rinr [a-z]+ [^`]*)?(--[a-z-]+)", README))
     assert told
-    shown = "".join(CliRunner(env={"COLUMNS": "200"}).invoke(app, [name, "--help"]).stdout for name in ("convert", "info", "export", "train-dictionary"))
+    shown = "".join(
+        CliRunner(env={"COLUMNS": "200"}).invoke(app, [name, "--help"]).stdout for name in ("convert", "info", "export", "train-dictionary")
+    )
     assert {option for option in told if option not in shown} == set()
 
 
